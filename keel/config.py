@@ -1,0 +1,174 @@
+"""Every option of a run, one section per component, help text beside each.
+
+A component is handed its own section, never the whole. Reading TOML files, `--set` and error messages with file and
+line are in `keel.config_load`; this module is import-light (standard library and pydantic).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Plugin(BaseModel):
+    """A plug-in and its options: `{ id = "ppo_clip", clip_high = 0.28 }`. `id` is a built-in's short name or
+    `package.module:name`; the other keys are the target's keyword-only arguments, checked when the config is loaded."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    id: str = Field(description="built-in short name, or package.module:name")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ModelConfig(Section):
+    path: str = Field("", description="Hugging Face directory or hub id of the starting weights")
+    dtype: Dtype = Field("float32", description="type of the forward pass; master weights are always float32")
+    attention: str = Field("keel", description="attention implementation of the learner; 'keel' keeps sinks exact")
+    experts: str = Field("keel", description="experts implementation; 'keel', or one of transformers' own names")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
+    head_chunk_tokens: int = Field(1024, ge=1, description="tokens per chunk of the output head; no [T, V] is ever held")
+    trust_remote_code: bool = Field(False, description="run code shipped with a model; off unless said")
+
+
+class ChatConfig(Section):
+    format: Literal["auto", "harmony", "template"] = Field(
+        "auto", description="'harmony' (GPT-OSS), 'template' (the tokenizer's own chat template), or chosen by tokenizer"
+    )
+    reasoning_effort: Literal["low", "medium", "high"] = Field("low", description="Harmony's reasoning effort")
+    system_date: str = Field("", description="'Current date' line of Harmony's system message; empty: none")
+
+
+class EnvConfig(Section):
+    id: str = Field("", description="environment: package.module:Class or a built-in's short name")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword-only arguments of the environment")
+    reset_timeout_s: float = Field(60.0, gt=0, description="seconds for reset() before the episode is env_timeout")
+    step_timeout_s: float = Field(60.0, gt=0, description="seconds for step() before the episode is env_timeout")
+
+
+class RolloutConfig(Section):
+    groups_per_step: int = Field(16, ge=1, description="tasks per training step")
+    group_size: int = Field(16, ge=1, description="attempts per task")
+    max_turns: int = Field(4, ge=1, description="replies per episode; one more is 'truncated'")
+    max_new_tokens: int = Field(256, ge=1, description="tokens per reply")
+    max_sequence_tokens: int = Field(1024, ge=8, description="tokens per segment, prompt included")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus share; 1.0 is off")
+    top_k: int = Field(0, ge=0, description="most likely tokens kept; 0 is off")
+    max_staleness: int = Field(0, ge=0, description="policy versions a rollout may be behind; 0 is on-policy")
+    concurrency: int = Field(0, ge=0, description="episodes at once; 0: as many as the engine takes")
+
+
+class EngineConfig(Section):
+    id: str = Field("embedded", description="'embedded', or package.module:Class of the engine protocol")
+    process: Literal["same", "separate"] = Field("same", description="'separate' runs the engine in its own process")
+    slots: int = Field(64, ge=1, description="sequences decoded at once; fixed, so that neighbours change nothing")
+    prefill_tile: int = Field(128, ge=8, description="rows of a prefill pass; fixed, likewise")
+    max_sequence_tokens: int = Field(0, ge=0, description="key-value slots per sequence; 0: the rollout's limit")
+    return_routes: bool = Field(True, description="return expert choices of mixture-of-experts models")
+
+
+class KLConfig(Section):
+    coefficient: float = Field(0.0, ge=0, description="weight of the KL penalty to the reference; 0 loads no reference")
+    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="per-token estimator of the KL divergence")
+
+
+class AlgoConfig(Section):
+    advantage: Plugin = Field(Plugin(id="group_mean"), description="rewards [G] -> advantages [G]")
+    loss: Plugin = Field(Plugin(id="ppo_clip"), description="per-token policy loss")
+    correction: Plugin = Field(Plugin(id="none"), description="importance weights against the engine's log-probs")
+    kl: KLConfig = Field(default_factory=KLConfig, description="penalty to a frozen reference")
+    entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    updates_per_batch: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
+
+
+class BatchConfig(Section):
+    max_tokens: int = Field(4096, ge=16, description="tokens per micro-batch, packed without padding")
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-4, gt=0, description="AdamW learning rate after warm-up")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, on matrices only")
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm clip")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    final_lr_fraction: float = Field(0.0, ge=0, le=1, description="share of lr left at the end of a decaying schedule")
+
+
+class LearnerConfig(Section):
+    ranks: int = Field(1, ge=1, description="learner processes; more than one shards the model with FSDP2")
+    recompute_every: int = Field(1, ge=0, description="steps between recompute checks (policy/recompute_max_dev); 0: off")
+
+
+class WarmStartConfig(Section):
+    steps: int = Field(0, ge=0, description="supervised steps on demonstrations before reinforcement; 0: none")
+    demonstrations: str = Field("", description="package.module:name of demonstrations; empty: the environment's own")
+    demonstrations_per_step: int = Field(64, ge=1, description="demonstrations per supervised step")
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=2e-3), description="optimizer of the warm start")
+
+
+class EvalConfig(Section):
+    num_tasks: int = Field(0, ge=0, description="held-out tasks per evaluation; 0: no evaluation")
+    every: int = Field(0, ge=0, description="reinforcement steps between evaluations; 0: only at the ends of a stage")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of evaluation; 0 is greedy")
+    seed: int = Field(0, description="seed of evaluation draws, the same every time")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class RecordConfig(Section):
+    every: int = Field(1, ge=0, description="steps between step records (token streams); 0: none")
+    keep: int = Field(0, ge=0, description="newest step records kept; 0: all")
+
+
+class LogConfig(Section):
+    live: Literal["auto", "on", "off"] = Field("auto", description="live terminal display; auto: when it is a terminal")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="extra metric sinks")
+    project: str = Field("keel", description="project name given to trackers")
+
+
+class TrainConfig(Section):
+    seed: int = Field(0, ge=0, description="seed of everything: tasks, draws, initialization")
+    steps: int = Field(100, ge=0, description="reinforcement steps")
+    run_dir: str = Field("", description="run directory; empty: runs/<date>-<name>")
+    name: str = Field("run", description="name of the run")
+    num_threads: int = Field(0, ge=0, description="CPU threads of the learner and embedded engine; 0: torch's choice")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the policy")
+    chat: ChatConfig = Field(default_factory=ChatConfig, description="messages to tokens")
+    env: EnvConfig = Field(default_factory=EnvConfig, description="where tasks and rewards come from")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="how episodes are produced")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="who samples")
+    algo: AlgoConfig = Field(default_factory=AlgoConfig, description="what is optimized")
+    batch: BatchConfig = Field(default_factory=BatchConfig, description="packing")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer of reinforcement")
+    learner: LearnerConfig = Field(default_factory=LearnerConfig, description="who learns")
+    warm_start: WarmStartConfig = Field(default_factory=WarmStartConfig, description="supervised stage before")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out evaluation")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="resumable state")
+    record: RecordConfig = Field(default_factory=RecordConfig, description="step records")
+    log: LogConfig = Field(default_factory=LogConfig, description="display and trackers")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.rollout.max_new_tokens >= self.rollout.max_sequence_tokens:
+            raise ValueError(
+                f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves no room for a prompt in "
+                f"rollout.max_sequence_tokens ({self.rollout.max_sequence_tokens}): raise the latter"
+            )
+        return self

@@ -1,0 +1,129 @@
+"""The engine's protocol: what may sample for Keel, in this process or another.
+
+Requests and results are plain values that pickle and turn into JSON; nothing in them refers to a module, a
+tensor or a process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from keel.types import FinishReason, Routes, SamplingSettings
+
+
+class EngineError(RuntimeError):
+    """The engine failed; the episode that asked becomes `engine_error`, never a reward of zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Continue `token_ids` (the whole sequence so far) by at most `max_new_tokens`.
+
+    `session_id` names an episode: the engine keeps the session's key-value prefix until `end_session`.
+    `seed` decides every draw: token number i of a sequence is drawn with a uniform number made of (seed, i) alone.
+    Generation ends after a token of `stop_token_ids` (it is part of the result), or at `max_new_tokens`.
+    """
+
+    request_id: str
+    session_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingSettings
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    return_routes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSpan:
+    """Tokens drawn under one set of weights."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """What was drawn. More than one span if weights changed on the way.
+
+    `routed_experts` covers positions `routes_start` to `routes_start + rows - 1` of prompt + drawn tokens: all that
+    were fed for this request (the last drawn token was not). `sampling` is what the engine really did.
+    """
+
+    request_id: str
+    spans: tuple[DrawnSpan, ...]
+    finish_reason: FinishReason
+    sampling: SamplingSettings
+    num_cached_tokens: int = 0
+    routes_start: int = 0
+    routed_experts: Routes | None = None
+    error: str | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token for span in self.spans for token in span.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """`logprobs[i]` is the log-prob of `token_ids[i + 1]` given what precedes it, at temperature 1; n - 1 of them."""
+
+    logprobs: tuple[float, ...]
+    routed_experts: Routes | None
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """Where new weights lie. `kind` "shared": the learner's own storage, nothing moves; "file": a directory of
+    safetensors at `location`."""
+
+    kind: Literal["shared", "file"]
+    location: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """What the engine can do, so that a config asking for more is refused before the run."""
+
+    name: str
+    max_sequence_tokens: int
+    max_concurrency: int
+    returns_routes: bool
+    keeps_prefix: bool
+    shares_weights: bool
+    weight_sources: tuple[str, ...]
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    ok: bool
+    policy_version: int
+    running: int
+    waiting: int
+    detail: str = ""
+
+
+class Engine(Protocol):
+    """Who samples. Cancelling `generate` aborts the request and frees what it held."""
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult: ...
+
+    async def score(self, token_ids: tuple[int, ...]) -> ScoreResult: ...
+
+    async def end_session(self, session_id: str) -> None: ...
+
+    async def load_weights(self, source: WeightSource, version: int) -> None: ...
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    def capabilities(self) -> EngineCapabilities: ...
+
+    async def health(self) -> EngineHealth: ...
+
+    async def close(self) -> None: ...

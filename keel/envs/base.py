@@ -1,0 +1,64 @@
+"""An environment: where tasks come from, what the agent sees, what its reply earns.
+
+One instance serves one episode at a time (Keel makes as many as run at once), so state may live on `self`.
+`reset` and `step` may be plain or `async`; plain ones run in a worker thread.
+
+    class Guess(Env):
+        def tasks(self, split):
+            return [Task(id=str(n), data={"n": n}) for n in range(10)]
+
+        def reset(self, task):
+            self.n = task.data["n"]
+            return [Message("user", "Guess a digit.")]
+
+        def step(self, reply):
+            return Step(done=True, reward=float(reply.final == str(self.n)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from keel.chat.base import Reply
+from keel.types import Message, Task, ToolSpec
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What follows a reply: messages for the agent, the reward earned by this step (rewards of an episode add up),
+    whether the episode is over, and, at the end, whether it was a success (None: judged as reward > 0 is not done)."""
+
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    done: bool = False
+    success: bool | None = None
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Env:
+    """Base class; subclass it and write `tasks`, `reset` and `step`."""
+
+    def tools(self) -> Sequence[ToolSpec]:
+        """Tools shown to the agent in the first prompt."""
+        return ()
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        """All tasks of a split; train and eval share none. May be lazy (`__len__` and `__getitem__`)."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method tasks(self, split)")
+
+    def reset(self, task: Task) -> Sequence[Message] | Awaitable[Sequence[Message]]:
+        """Begin an episode: the first messages."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method reset(self, task)")
+
+    def step(self, reply: Reply) -> Step | Awaitable[Step]:
+        """Answer the agent's reply (which may be malformed)."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method step(self, reply)")
+
+    def close(self) -> None | Awaitable[None]:
+        """Free what the instance holds."""
+        return None
