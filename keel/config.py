@@ -37,13 +37,16 @@ class ModelConfig(Section):
     attention: str = Field("keel", description="attention implementation of the learner; 'keel' keeps sinks exact")
     experts: str = Field("keel", description="experts implementation; 'keel', or one of transformers' own names")
     gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
-    head_chunk_tokens: int = Field(1024, ge=1, description="tokens per chunk of the output head; no [T, V] is ever held")
+    head_chunk_tokens: int = Field(
+        1024, ge=1, description="tokens per chunk of the output head; no [T, V] is ever held"
+    )
     trust_remote_code: bool = Field(False, description="run code shipped with a model; off unless said")
 
 
 class ChatConfig(Section):
     format: Literal["auto", "harmony", "template"] = Field(
-        "auto", description="'harmony' (GPT-OSS), 'template' (the tokenizer's own chat template), or chosen by tokenizer"
+        "auto",
+        description="'harmony' (GPT-OSS), 'template' (the tokenizer's own chat template), or chosen by tokenizer",
     )
     reasoning_effort: Literal["low", "medium", "high"] = Field("low", description="Harmony's reasoning effort")
     system_date: str = Field("", description="'Current date' line of Harmony's system message; empty: none")
@@ -110,7 +113,9 @@ class OptimConfig(Section):
 
 class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, description="learner processes; more than one shards the model with FSDP2")
-    recompute_every: int = Field(1, ge=0, description="steps between recompute checks (policy/recompute_max_dev); 0: off")
+    recompute_every: int = Field(
+        1, ge=0, description="steps between recompute checks (policy/recompute_max_dev); 0: off"
+    )
 
 
 class WarmStartConfig(Section):

@@ -50,6 +50,8 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], what: 
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known) or 'no options'}"
             raise PluginError(f"{what} has no option {name!r}; {hint}")
-    missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in options]
+    missing = [
+        name for name, parameter in known.items() if parameter.default is parameter.empty and name not in options
+    ]
     if missing:
         raise PluginError(f"{what} needs the option {', '.join(map(repr, missing))}")
