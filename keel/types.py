@@ -233,3 +233,22 @@ class Group:
     def kept(self) -> tuple[Trajectory, ...]:
         """Attempts the world did not spoil."""
         return tuple(trajectory for trajectory in self.trajectories if not trajectory.failed)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is done with a gradient: "go" steps, "skip" leaves the weights as they are, "stop" skips and ends the run.
+
+    `reason` is empty for "go" and says what was seen otherwise.
+    """
+
+    action: Literal["go", "skip", "stop"] = "go"
+    reason: str = ""
+
+    @property
+    def goes(self) -> bool:
+        return self.action == "go"
+
+    @property
+    def stops(self) -> bool:
+        return self.action == "stop"
