@@ -1,0 +1,1 @@
+"""Models: `transformers` modules, loaded and fitted for training and sampling with the same bits."""
