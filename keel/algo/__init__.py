@@ -1,0 +1,1 @@
+"""Pure functions of tensors: advantages, corrections, losses and how they are reduced to one number."""
