@@ -7,9 +7,22 @@ tensor or a process.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
+from keel.sync.base import WeightSource
 from keel.types import FinishReason, Routes, SamplingSettings
+
+__all__ = [
+    "DrawnSpan",
+    "Engine",
+    "EngineCapabilities",
+    "EngineError",
+    "EngineHealth",
+    "GenerateRequest",
+    "GenerateResult",
+    "ScoreResult",
+    "WeightSource",
+]
 
 
 class EngineError(RuntimeError):
@@ -23,6 +36,9 @@ class GenerateRequest:
     `session_id` names an episode: the engine keeps the session's key-value prefix until `end_session`.
     `seed` decides every draw: token number i of a sequence is drawn with a uniform number made of (seed, i) alone.
     Generation ends after a token of `stop_token_ids` (it is part of the result), or at `max_new_tokens`.
+
+    An empty `session_id` keeps nothing. `len(token_ids) + max_new_tokens` must fit the engine's `max_sequence_tokens`:
+    a request that does not fit (or is impossible otherwise) is answered with finish reason "error" and a message.
     """
 
     request_id: str
@@ -50,6 +66,10 @@ class GenerateResult:
 
     `routed_experts` covers positions `routes_start` to `routes_start + rows - 1` of prompt + drawn tokens: all that
     were fed for this request (the last drawn token was not). `sampling` is what the engine really did.
+
+    `num_cached_tokens` is how much of the prompt the session still held from its last request (then also
+    `routes_start`). What was copied from a session with the same beginning counts as fed: its routes are here.
+    A token fed again because weights changed on the way keeps the routes with which the next token was drawn.
     """
 
     request_id: str
@@ -76,15 +96,6 @@ class ScoreResult:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightSource:
-    """Where new weights lie. `kind` "shared": the learner's own storage, nothing moves; "file": a directory of
-    safetensors at `location`."""
-
-    kind: Literal["shared", "file"]
-    location: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class EngineCapabilities:
     """What the engine can do, so that a config asking for more is refused before the run."""
 
@@ -108,7 +119,12 @@ class EngineHealth:
 
 
 class Engine(Protocol):
-    """Who samples. Cancelling `generate` aborts the request and frees what it held."""
+    """Who samples. Cancelling `generate` aborts the request and frees what it held, its session included.
+
+    A session runs one request at a time. `end_session` of a session that is still generating ends that request with
+    finish reason "abort"; ending an unknown session does nothing. While paused nothing is drawn; requests are taken.
+    `load_weights` may come at any time: tokens drawn before and after it are in different spans.
+    """
 
     async def generate(self, request: GenerateRequest) -> GenerateResult: ...
 
