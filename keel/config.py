@@ -17,15 +17,21 @@ Dtype = Literal["float32", "bfloat16"]
 class Section(BaseModel):
     """A part of the config: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Plugin(BaseModel):
     """A plug-in and its options: `{ id = "ppo_clip", clip_high = 0.28 }`. `id` is a built-in's short name or
-    `package.module:name`; the other keys are the target's keyword-only arguments, checked when the config is loaded."""
+    `package.module:name`; the other keys are the target's keyword-only arguments, checked when the config is loaded.
+    Without options the name alone will do: `loss = "ppo_clip"`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     id: str = Field(description="built-in short name, or package.module:name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -51,6 +57,9 @@ class ChatConfig(Section):
     )
     reasoning_effort: Literal["low", "medium", "high"] = Field("low", description="Harmony's reasoning effort")
     system_date: str = Field("", description="'Current date' line of Harmony's system message; empty: none")
+    system_message: Literal["full", "none"] = Field(
+        "full", description="Harmony's system message; 'none' saves its tokens for a small model that never learned it"
+    )
 
 
 class EnvConfig(Section):
@@ -119,11 +128,15 @@ class LearnerConfig(Section):
     )
 
 
+class WarmStartOptimConfig(OptimConfig):
+    lr: float = Field(2e-3, gt=0, description="AdamW learning rate after warm-up")
+
+
 class WarmStartConfig(Section):
     steps: int = Field(0, ge=0, description="supervised steps on demonstrations before reinforcement; 0: none")
     demonstrations: str = Field("", description="package.module:name of demonstrations; empty: the environment's own")
     demonstrations_per_step: int = Field(64, ge=1, description="demonstrations per supervised step")
-    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=2e-3), description="optimizer of the warm start")
+    optim: WarmStartOptimConfig = Field(default_factory=WarmStartOptimConfig, description="optimizer of the warm start")
 
 
 class EvalConfig(Section):
@@ -149,6 +162,10 @@ class LogConfig(Section):
     project: str = Field("keel", description="project name given to trackers")
 
 
+class MonitorConfig(Section):
+    max_skips: int = Field(5, ge=1, description="updates skipped in a row (not finite) that end the run")
+
+
 class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="seed of everything: tasks, draws, initialization")
     steps: int = Field(100, ge=0, description="reinforcement steps")
@@ -168,36 +185,121 @@ class TrainConfig(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out evaluation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="resumable state")
     record: RecordConfig = Field(default_factory=RecordConfig, description="step records")
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="rules that judge every update")
     log: LogConfig = Field(default_factory=LogConfig, description="display and trackers")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.rollout.max_new_tokens >= self.rollout.max_sequence_tokens:
-            raise ValueError(
-                f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves no room for a prompt in "
-                f"rollout.max_sequence_tokens ({self.rollout.max_sequence_tokens}): raise the latter"
-            )
+        conflicts = find_conflicts(self)
+        if conflicts:
+            raise ImpossibleConfigError(conflicts)
         return self
 
-    def stages(self) -> tuple[Stage, ...]:
-        """What the learner does from the first step to the last, in order; a stage of no steps is left out."""
-        supervised = AlgoConfig(loss=Plugin(id="cross_entropy"))
-        planned = (
-            Stage("warm_start", 0, self.warm_start.steps, supervised, self.warm_start.optim),
-            Stage("reinforce", self.warm_start.steps, self.steps, self.algo, self.optim),
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Options that cannot be had together: their dotted names, what is wrong, what was given, what to do."""
+
+    options: tuple[str, ...]
+    what: str
+    got: str
+    fix: str
+
+
+class ImpossibleConfigError(ValueError):
+    """A combination of options that no run can honour; `conflicts` lists all that were found."""
+
+    def __init__(self, conflicts: list[Conflict]) -> None:
+        self.conflicts = conflicts
+        super().__init__("; ".join(f"{conflict.what} (got {conflict.got}): {conflict.fix}" for conflict in conflicts))
+
+
+GROUP_ADVANTAGES = ("group_mean", "group_mean_std", "leave_one_out")
+
+
+def find_conflicts(config: TrainConfig) -> list[Conflict]:
+    """Every impossible combination in `config`."""
+    found: list[Conflict] = []
+
+    def refuse(wrong: bool, options: tuple[str, ...], what: str, fix: str) -> None:
+        if wrong:
+            got = ", ".join(f"{option} = {_value_at(config, option)!r}" for option in options)
+            found.append(Conflict(options, what, got, fix))
+
+    rollout, algo, engine = config.rollout, config.algo, config.engine
+    training = config.steps > 0
+    refuse(
+        rollout.max_new_tokens >= rollout.max_sequence_tokens,
+        ("rollout.max_new_tokens", "rollout.max_sequence_tokens"),
+        "a reply of full length leaves no room for a prompt",
+        "raise max_sequence_tokens above max_new_tokens",
+    )
+    refuse(
+        0 < engine.max_sequence_tokens < rollout.max_sequence_tokens,
+        ("engine.max_sequence_tokens", "rollout.max_sequence_tokens"),
+        "the engine's sequences are shorter than the rollout's",
+        "raise engine.max_sequence_tokens, or leave it out",
+    )
+    for option, wrong, value in (
+        ("rollout.top_p", rollout.top_p != 1.0, "1.0"),
+        ("rollout.top_k", rollout.top_k != 0, "0"),
+    ):
+        refuse(
+            training and wrong,
+            (option,),
+            "training needs untruncated sampling: the learner does not yet replay the cut distribution, so its "
+            "log-probs would be those of another policy",
+            f"set {option} = {value}",
         )
-        return tuple(stage for stage in planned if stage.num_steps > 0)
+    refuse(
+        training and rollout.temperature == 0,
+        ("rollout.temperature",),
+        "greedy attempts at a task are all alike, so there is nothing to learn from",
+        "set a temperature above 0; eval.temperature may stay 0",
+    )
+    refuse(
+        training and rollout.group_size < 2 and algo.advantage.id in GROUP_ADVANTAGES,
+        ("rollout.group_size", "algo.advantage.id"),
+        "this advantage compares the attempts of a group, and a single attempt has none to be compared with",
+        "raise rollout.group_size to 2 or more",
+    )
+    refuse(
+        rollout.max_staleness > 0 and engine.id == "embedded" and engine.process == "same",
+        ("rollout.max_staleness", "engine.process"),
+        "an engine that shares the learner's weights is never behind them",
+        'set engine.process = "separate" to give it a copy, or max_staleness = 0',
+    )
+    refuse(
+        algo.updates_per_batch > rollout.groups_per_step * rollout.group_size,
+        ("algo.updates_per_batch", "rollout.groups_per_step", "rollout.group_size"),
+        "more optimizer steps per batch than episodes in it",
+        "lower updates_per_batch",
+    )
+    refuse(
+        training and algo.loss.id == "cross_entropy",
+        ("algo.loss.id",),
+        "cross_entropy imitates demonstrations and ignores rewards",
+        "choose a policy loss; demonstrations are learned by warm_start.steps",
+    )
+    refuse(
+        config.eval.every > 0 and config.eval.num_tasks == 0,
+        ("eval.every", "eval.num_tasks"),
+        "evaluations on no tasks",
+        "set eval.num_tasks, or eval.every = 0",
+    )
+    for optim, steps in (("optim", "steps"), ("warm_start.optim", "warm_start.steps")):
+        total = _value_at(config, steps)
+        refuse(
+            0 < total < _value_at(config, f"{optim}.warmup_steps"),
+            (f"{optim}.warmup_steps", steps),
+            "the learning rate would never finish warming up",
+            f"lower {optim}.warmup_steps",
+        )
+    return found
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Training steps `first_step` to `first_step + num_steps - 1` of a learner, under one algorithm and one optimizer.
-
-    A mode is a value: supervised learning is another loss, reinforcement the same learner.
-    """
-
-    name: Literal["warm_start", "reinforce"]
-    first_step: int
-    num_steps: int
-    algo: AlgoConfig
-    optim: OptimConfig
+def _value_at(config: BaseModel, dotted: str) -> Any:
+    value: Any = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value

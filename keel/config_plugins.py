@@ -1,0 +1,103 @@
+"""Checks the plug-ins a config names: that they exist, and that they take the options they are given.
+
+This imports the rooms that hold them (and torch with those), so it runs only after everything cheaper has passed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from keel import plugins
+from keel.config import TrainConfig
+from keel.config_problems import Problem, Where, shown
+from keel.config_schema import Path, type_words
+
+ALGO_ROOMS = {
+    "advantage": "keel.algo.advantage",
+    "loss": "keel.algo.losses",
+    "correction": "keel.algo.correction",
+}
+ENV_ROOM = "keel.envs"
+ENGINE_ROOM = "keel.engines"
+
+
+def check_plugins(config: TrainConfig, where: Where) -> list[Problem]:
+    """Every fault of the plug-ins in `config`; empty sections (an environment given as an object) are left alone."""
+    problems = []
+    for name, room in ALGO_ROOMS.items():
+        plugin = getattr(config.algo, name)
+        problems += _check(plugin.id, room, plugin.options, ("algo", name), ("algo", name, "id"), where)
+    if config.env.id:
+        problems += _check(config.env.id, ENV_ROOM, config.env.options, ("env", "options"), ("env", "id"), where)
+    if config.engine.id != "embedded":
+        problems += _check(config.engine.id, ENGINE_ROOM, None, ("engine",), ("engine", "id"), where)
+    if config.warm_start.steps > 0 and not problems:
+        problems += _check_demonstrations(config, where)
+    return problems
+
+
+def _check(
+    target_id: str, room: str, options: Mapping[str, Any] | None, options_path: Path, id_path: Path, where: Where
+) -> list[Problem]:
+    name = ".".join(id_path)
+    try:
+        target = plugins.resolve(target_id, room)
+    except plugins.PluginError as error:
+        return [Problem(where(id_path), f"{name} names no plug-in", shown(target_id), str(error))]
+    if not callable(target):
+        fix = "name a function or a class"
+        return [Problem(where(id_path), f"{name} is not callable", f"{target_id} is a {type(target).__name__}", fix)]
+    if options is None:
+        return []
+    try:
+        plugins.check_options(target, options, target_id)
+    except plugins.PluginError as error:
+        wrong = next((option for option in options if repr(option) in str(error)), None)
+        path = (*options_path, wrong) if wrong else id_path
+        return [Problem(where(path), f"wrong options for {target_id}", shown(dict(options)), str(error))]
+    return _check_types(target, options, options_path, where)
+
+
+def _check_types(target: Callable[..., Any], options: Mapping[str, Any], path: Path, where: Where) -> list[Problem]:
+    """Compare each option with its annotation; one that pydantic knows nothing of is the plug-in's own business."""
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError:
+        return []  # names imported for type checkers alone
+    problems = []
+    for name, value in options.items():
+        if name not in hints:
+            continue
+        try:
+            adapter = TypeAdapter(hints[name])
+        except PydanticSchemaGenerationError:
+            continue
+        try:
+            # A list stands for a tuple in TOML, hence not strict for containers; strict for everything else.
+            adapter.validate_python(value, strict=not isinstance(value, (list, dict)))
+        except ValidationError as error:
+            fix = f"{name} takes {type_words(hints[name])}: {error.errors()[0]['msg']}"
+            problems.append(
+                Problem(where((*path, name)), f"option {name!r} has a value it does not take", shown(value), fix)
+            )
+    return problems
+
+
+def _check_demonstrations(config: TrainConfig, where: Where) -> list[Problem]:
+    """A warm start needs something to imitate: demonstrations of its own, or an environment that has some."""
+    path = ("warm_start", "demonstrations")
+    if config.warm_start.demonstrations:
+        return _check(config.warm_start.demonstrations, ENV_ROOM, None, path, path, where)
+    env = plugins.resolve(config.env.id, ENV_ROOM) if config.env.id else None
+    base = plugins.resolve("keel.envs.base:Env", ENV_ROOM)
+    if not inspect.isclass(env) or getattr(env, "demonstrations", None) not in (None, base.demonstrations):
+        return []  # it has some, or is an object or a factory, which the run itself asks
+    fix = 'name demonstrations = "package.module:name", give the environment a method demonstrations, or set steps = 0'
+    got = f"steps = {config.warm_start.steps}, environment {config.env.id} without demonstrations"
+    return [Problem(where(("warm_start", "steps")), "a warm start needs demonstrations", got, fix)]

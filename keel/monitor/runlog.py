@@ -1,0 +1,230 @@
+"""The log of a run: one row a step, its status, its evaluations, its summary, its display.
+
+A row is on disk before `log_step` returns. A checkpoint holds `state()`; after a kill, `restore` cuts off everything
+later than the checkpoint, so that the repeated steps leave each row and record once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from keel import config_load
+from keel.config import TrainConfig
+from keel.monitor import directory, environment, live, trackers
+from keel.monitor.rows import (
+    RunDirectoryError,
+    append_row,
+    plain_numbers,
+    read_json,
+    read_rows,
+    truncate_rows,
+    write_json,
+    write_text,
+)
+
+State = Literal["starting", "running", "completed", "stopped", "interrupted", "failed"]
+Metrics = Mapping[str, float | int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """How a run ended: `state` "completed", or "stopped" by the monitor (with `reason`); `steps` rows of training;
+    `eval`: metrics of each named evaluation; `seconds` per stage."""
+
+    run_dir: str
+    state: State
+    reason: str = ""
+    steps: int = 0
+    eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class RunLog:
+    """Writes a run directory. Use as a context manager: an exception is recorded as "failed" before it goes on."""
+
+    def __init__(self, paths: directory.RunPaths, config: TrainConfig) -> None:
+        """Use `RunLog.open` or `RunLog.resume`."""
+        self.paths = paths
+        self.config = config
+        self._held = ExitStack()
+        self._held.enter_context(directory.lock(paths))
+        self._seconds: dict[str, float] = {}
+        self._stage = ""
+        self._stage_began = 0.0
+        self._last_step: dict[str, int] = {}
+        self._num_rows = 0
+        self._evaluations: dict[str, dict[str, float]] = {}
+        self._closed = False
+        self._display = live.open_display(config.log.live, paths.root.name)
+        self._trackers: list[trackers.Tracker] = []
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> Self:
+        """A new run in a new directory. Raises RunDirectoryError if `config.run_dir` is not empty."""
+        trackers.require(config.log.trackers)  # before anything is written
+        run = cls(directory.create(config.run_dir, config.name), config)
+        write_text(run.paths.config, config_load.dump(config))
+        write_json(run.paths.environment, environment.collect_environment())
+        run._set_status("starting")
+        run._trackers = trackers.open_trackers(config.log, run.paths.root, config.model_dump(mode="json"))
+        return run
+
+    @classmethod
+    def resume(cls, run_dir: Path) -> Self:
+        """Take over an existing run; call `restore` with the checkpoint's state (or None) before logging."""
+        paths = directory.reopen(run_dir)
+        config = config_load.load(paths.config)
+        trackers.require(config.log.trackers)
+        run = cls(paths, config)
+        run._num_rows = len(read_rows(paths.metrics))
+        run._set_status("starting", "resuming")
+        run._trackers = trackers.open_trackers(config.log, paths.root, config.model_dump(mode="json"))
+        return run
+
+    def note_environment(self, **facts: Any) -> list[str]:
+        """Add what only torch knows (`threads`, `device`) to environment.json.
+
+        Called again by a resumed run it compares, warns of what decides bits, keeps each resumption's facts under
+        "resumed", and returns the differences.
+        """
+        recorded = read_json(self.paths.environment)
+        now = {**environment.collect_environment(), **facts}
+        if "noted" not in recorded:
+            write_json(self.paths.environment, {**now, "noted": True, "resumed": []})
+            return []
+        changes = environment.differences(recorded, now)
+        recorded["resumed"].append({**now, "changes": changes})
+        write_json(self.paths.environment, recorded)
+        if changes:
+            text = f"resumed on another machine or setting, so the last bits may differ: {'; '.join(changes)}"
+            warnings.warn(text, stacklevel=2)
+            self._display.note(f"warning: {text}")
+        return changes
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[None]:
+        """Time a stage ("warm_start", "reinforcement", "eval", ...) of `total` steps and show it."""
+        outer, outer_began = self._stage, self._stage_began
+        self._book_seconds()
+        self._stage, self._stage_began = name, time.monotonic()
+        self._display.begin(name, total)
+        self._set_status("running")
+        try:
+            yield
+        finally:
+            self._book_seconds()
+            self._stage, self._stage_began = outer, time.monotonic() if outer else outer_began
+
+    def log_step(self, step: int, metrics: Metrics, *, stage: str = "reinforcement") -> None:
+        """Append the row of `step` (counted from 0 in its stage). Raises RunDirectoryError for a step logged before."""
+        last = self._last_step.get(stage, -1)
+        if step <= last:
+            raise RunDirectoryError(
+                f"{self.paths.metrics}: {stage} step {step} after step {last}; a row is never doubled"
+            )
+        self._last_step[stage] = step
+        self._append({"kind": "step", "stage": stage, "step": step}, metrics)
+        self._set_status("running")
+        self._display.step(stage, step, metrics)
+        for tracker in self._trackers:
+            tracker.log(
+                step, {f"{stage}/{name}" if stage != "reinforcement" else name: metrics[name] for name in metrics}
+            )
+
+    def log_eval(self, name: str, metrics: Metrics, *, step: int) -> None:
+        """Append an evaluation's row; `name` is its key in summary.json ("initial", "after_warm_start", "final")."""
+        prefixed = {f"eval/{key}": value for key, value in metrics.items()}
+        self._append({"kind": "eval", "name": name, "step": step}, prefixed)
+        self._evaluations[name] = {"step": step, **plain_numbers(metrics)}
+        self._display.note(f"eval {name}: {live.describe(metrics)}")
+        for tracker in self._trackers:
+            tracker.log(step, prefixed)
+
+    def note(self, text: str) -> None:
+        """Show a line; text of a model or a task is shown as it is, never as markup."""
+        self._display.note(text)
+
+    def _append(self, head: Mapping[str, Any], metrics: Metrics) -> None:
+        append_row(self.paths.metrics, {**head, "unix_s": time.time(), **plain_numbers(metrics)})
+        self._num_rows += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the log (JSON values): what `restore` cuts back to."""
+        self._book_seconds()
+        return {"num_rows": self._num_rows, "seconds": dict(self._seconds), "last_step": dict(self._last_step)}
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Cut rows, records and trajectories back to a checkpoint's `state()`; None: to the very beginning."""
+        state = state or {"num_rows": 0, "seconds": {}, "last_step": {}}
+        truncate_rows(self.paths.metrics, state["num_rows"])
+        directory.drop_records_from(self.paths, state["last_step"].get("reinforcement", -1) + 1)
+        self.paths.summary.unlink(missing_ok=True)
+        self._num_rows = state["num_rows"]
+        self._seconds = dict(state["seconds"])
+        self._last_step = dict(state["last_step"])
+        self._evaluations = {}
+        for row in read_rows(self.paths.metrics):
+            if row["kind"] == "eval":
+                metrics = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
+                self._evaluations[row["name"]] = {"step": row["step"], **metrics}
+
+    def close(self, state: State = "completed", reason: str = "") -> RunSummary:
+        """End the run: summary.json, the last status, the display and the trackers. Later calls change nothing."""
+        self._book_seconds()
+        summary = RunSummary(
+            run_dir=str(self.paths.root),
+            state=state,
+            reason=reason,
+            steps=self._last_step.get("reinforcement", -1) + 1,
+            eval=dict(self._evaluations),
+            seconds={name: round(seconds, 3) for name, seconds in self._seconds.items()},
+        )
+        if self._closed:
+            return summary
+        self._closed = True
+        write_json(self.paths.summary, asdict(summary))
+        self._set_status(state, reason)
+        self._display.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._held.close()
+        return summary
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif issubclass(kind, KeyboardInterrupt):
+            self.close("interrupted", "interrupted from the keyboard")
+        else:
+            self.close("failed", f"{kind.__name__}: {error}")
+
+    def _book_seconds(self) -> None:
+        if self._stage:
+            now = time.monotonic()
+            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._stage_began
+            self._stage_began = now
+
+    def _set_status(self, state: State, reason: str = "") -> None:
+        value = {
+            "state": state,
+            "reason": reason,
+            "stage": self._stage,
+            "steps_done": {stage: step + 1 for stage, step in self._last_step.items()},
+            "steps": self.config.steps,
+            "heartbeat_unix_s": time.time(),
+            "pid": os.getpid(),
+        }
+        write_json(self.paths.status, value)

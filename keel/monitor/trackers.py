@@ -1,0 +1,95 @@
+"""Other homes for a run's numbers: TensorBoard, Weights & Biases, trackio. Each is an extra, imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from keel.config import LogConfig
+
+Metrics = Mapping[str, float | int | None]
+
+
+class TrackerError(RuntimeError):
+    """A tracker was asked for that is not installed."""
+
+
+class Tracker(Protocol):
+    """Takes a step's numbers. `step` counts from 0 in its stage; names of other stages carry the stage's name."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def require(names: Sequence[str]) -> None:
+    """Raise TrackerError unless every named tracker can be imported."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise TrackerError(
+                f"log.trackers asks for {name}, which is not installed; install it with: pip install 'keel-rl[{name}]'"
+            )
+
+
+def open_trackers(config: LogConfig, run_dir: Path, run_config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of `config.trackers`; they keep their own files under `run_dir`/trackers."""
+    require(config.trackers)
+    makers = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases, "trackio": _Trackio}
+    return [makers[name](config, run_dir, run_config) for name in config.trackers]
+
+
+def numbers(metrics: Metrics) -> dict[str, float]:
+    """The values a tracker can draw: trackers have no point for a missing or a non-finite number."""
+    return {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
+
+
+class _TensorBoard:
+    def __init__(self, config: LogConfig, run_dir: Path, run_config: Mapping[str, Any]) -> None:  # noqa: ARG002
+        summary = importlib.import_module("tensorboard.summary")
+        self._writer = summary.Writer(str(run_dir / "trackers" / "tensorboard"))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in numbers(metrics).items():
+            self._writer.add_scalar(name, value, step=step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, config: LogConfig, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+        wandb = importlib.import_module("wandb")
+        place = run_dir / "trackers"
+        place.mkdir(exist_ok=True)
+        # The directory's name identifies the run, so that a resumed run goes on in the same chart.
+        self._run = wandb.init(
+            project=config.project,
+            name=run_dir.name,
+            id=run_dir.name,
+            resume="allow",
+            dir=str(place),
+            config=dict(run_config),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log({"step": step, **numbers(metrics)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, config: LogConfig, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+        trackio = importlib.import_module("trackio")
+        self._run = trackio.init(project=config.project, name=run_dir.name, resume="allow", config=dict(run_config))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(numbers(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
