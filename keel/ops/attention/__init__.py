@@ -1,0 +1,36 @@
+"""Attention with learned sinks: exact forward and backward on stock kernels, next to a dense float64 twin."""
+
+from __future__ import annotations
+
+from keel.ops.attention.decode import attend_cache, visible_mask
+from keel.ops.attention.function import (
+    BACKENDS,
+    REFERENCE,
+    AttentionBackendError,
+    Backend,
+    choose_backend,
+    layout_attention,
+    sink_attention,
+)
+from keel.ops.attention.layout import Layout, Span, build_layout, packed_layout
+from keel.ops.attention.reference import dense_attention
+from keel.ops.attention.sinks import apply_sinks, sinks_gradient
+
+__all__ = [
+    "BACKENDS",
+    "REFERENCE",
+    "AttentionBackendError",
+    "Backend",
+    "Layout",
+    "Span",
+    "apply_sinks",
+    "attend_cache",
+    "build_layout",
+    "choose_backend",
+    "dense_attention",
+    "layout_attention",
+    "packed_layout",
+    "sink_attention",
+    "sinks_gradient",
+    "visible_mask",
+]

@@ -1,0 +1,182 @@
+"""Sink attention: one autograd function above a table of backends.
+
+    forward     (out, lse) from a plain backend; (out', lse') by `apply_sinks`
+    backward    the backend's own backward, handed (out', lse') instead of (out, lse), gives exact dq, dk and dv,
+                because the sink has no value vector: P = exp(S - lse') and delta = rowsum(grad * out') are then the
+                true ones. ds comes from `sinks_gradient`.
+
+Letting the gradient of a plain `out * sigmoid(lse - s)` go through a kernel whose lse is not differentiable instead
+leaves dv and ds right and dq and dk silently wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from keel.ops.attention import cpu
+from keel.ops.attention.layout import Layout, packed_layout
+from keel.ops.attention.reference import dense_attention
+from keel.ops.attention.sinks import apply_sinks, sinks_gradient
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class PlainForward(Protocol):
+    """Attention without sinks: (q, k, v, layout, scale) -> (out [T, H, D], lse [T, H], (0, -inf) where nothing is seen)."""
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class PlainBackward(Protocol):
+    """Its gradients (dq, dk, dv), computed from the `out` and `lse` it is handed, not from its own."""
+
+    def __call__(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        layout: Layout,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A kernel pair. `device_type` is where it runs; a backend never hears of sinks."""
+
+    name: str
+    device_type: str
+    forward: PlainForward
+    backward: PlainBackward
+    reason: str
+
+
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend("cpu", "cpu", cpu.forward, cpu.backward, "torch's stock CPU flash kernel"),
+}
+REFERENCE = "reference"
+"""The name of the dense float64 twin; it is not a kernel pair and runs on any device."""
+
+
+class AttentionBackendError(RuntimeError):
+    """No backend can do what was asked; nothing else is tried in its place."""
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """The backend called `name`, or with "auto" the one of this device. Raises AttentionBackendError if there is none."""
+    if name == "auto":
+        for backend in BACKENDS.values():
+            if backend.device_type == device.type:
+                return backend
+        available = ", ".join(f"{backend.name!r} (on {backend.device_type})" for backend in BACKENDS.values())
+        raise AttentionBackendError(
+            f"sink attention has no backend for tensors on {device}; available: {available}, {REFERENCE!r} (anywhere, "
+            f"quadratic). Move the model to one of these devices, or pass backend={REFERENCE!r}"
+        )
+    if name not in BACKENDS:
+        known = ", ".join(repr(known) for known in ("auto", *BACKENDS, REFERENCE))
+        raise AttentionBackendError(f"unknown attention backend {name!r}; known: {known}")
+    if BACKENDS[name].device_type != device.type:
+        raise AttentionBackendError(
+            f"attention backend {name!r} runs on {BACKENDS[name].device_type}, the tensors are on {device}; use 'auto'"
+        )
+    return BACKENDS[name]
+
+
+class _SinkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        layout: Layout,
+        scale: float,
+        backend: Backend,
+    ) -> torch.Tensor:
+        out, lse = backend.forward(q, k, v, layout, scale)
+        if sinks is not None:
+            out, lse = apply_sinks(out, lse, sinks)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.backend.backward(grad, q, k, v, out, lse, ctx.layout, ctx.scale)
+        ds = None if sinks is None else sinks_gradient(grad, out, lse, sinks)
+        return dq, dk, dv, ds, None, None, None
+
+
+def sink_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Causal attention over packed sequences, with a learned sink per head; differentiable in q, k, v and sinks.
+
+    q [T, H, D]; k, v [T, K, D] with H a multiple of K; sinks [H] of any float type, or None; `cu_seqlens` [S + 1]
+    integers, the row where each sequence starts, and T; `window` W lets row i see rows j with 0 <= i - j < W.
+    Returns out [T, H, D] in q's type. Same inputs, same bits, with and without gradient; a sequence's values do not
+    depend on the others. Raises ValueError on shapes or types that do not fit, AttentionBackendError if no backend can.
+    """
+    layout = packed_layout(cu_seqlens, window)
+    if layout.max_queries > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a sequence of {layout.max_queries} rows")
+    return layout_attention(q, k, v, sinks, layout=layout, scale=scale, backend=backend)
+
+
+def layout_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    layout: Layout,
+    scale: float,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`sink_attention` over any spans, where k and v may have other rows than q (a cache, padding left out).
+
+    Rows of q that see no key, in a span or in none, are zero.
+    """
+    _check(q, k, v, layout)
+    if backend == REFERENCE:
+        return dense_attention(q, k, v, sinks, layout, scale)[0].to(q.dtype)
+    chosen = choose_backend(backend, q.device)
+    out: torch.Tensor = _SinkAttention.apply(q, k, v, sinks, layout, scale, chosen)
+    return out
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention needs q [T, H, D] and k, v [T', K, D], H a multiple of K; got q {list(q.shape)}, "
+            f"k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if q.shape[0] != layout.num_query_rows or k.shape[0] != layout.num_key_rows:
+        raise ValueError(
+            f"the layout is for {layout.num_query_rows} query and {layout.num_key_rows} key rows, got {q.shape[0]} and "
+            f"{k.shape[0]}; the last of cu_seqlens must be T"
+        )
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
