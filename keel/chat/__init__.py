@@ -1,0 +1,7 @@
+"""Chat: messages to tokens and back, for GPT-OSS's Harmony format and for any tokenizer's own chat template. No torch."""
+
+from keel.chat.base import Chat, Prompt, Reply
+from keel.chat.factory import make_chat
+from keel.chat.tokenizer import ChatFormatError, load_tokenizer
+
+__all__ = ["Chat", "ChatFormatError", "Prompt", "Reply", "load_tokenizer", "make_chat"]

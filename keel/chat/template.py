@@ -1,0 +1,281 @@
+"""Any Hugging Face chat template (ChatML, Qwen3, Hermes, ...), token in, token out.
+
+A template only knows how to write a whole conversation, so the tail after a reply is a difference of renderings: the
+conversation is rendered with a placeholder where the reply's text was; what follows the placeholder is new, and what
+comes before must be what was rendered before. If it is not (Qwen3, for one, forgets thoughts once a user speaks again),
+the reply cannot be continued: a new segment starts from a full rendering, and `Prompt.dropped` says what changed.
+Within a segment the drawn tokens stay as they were drawn; text is only ever encoded once.
+
+What a message says cannot become structure: names of special tokens in it are cut out before the template sees them,
+and encoded as ordinary text. In what the world says (user, tool, system) that goes for every added token, marks such as
+`</tool_response>` included; in the assistant's own words marks keep their meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keel.chat.base import Prompt, Reply
+from keel.chat.template_calls import (
+    MalformedTextError,
+    call_arguments,
+    function_name,
+    read_messages,
+    write_call,
+)
+from keel.chat.tokenizer import ChatFormatError, as_chat_tokenizer
+from keel.chat.typescript import FUNCTIONS
+from keel.types import Message, ToolSpec
+
+# Private-use characters: no template touches them, and text that has them gets others (see `_Shield`).
+_FENCE = "\ue5a0"
+_PLACEHOLDER = "\ue5a1keel-reply\ue5a1"
+_THOUGHTS = "\ue5a2keel-thoughts\ue5a2"
+_RESERVED = re.compile("[\ue5a0-\ue5a2]")
+
+
+class TemplateChat:
+    """Messages to the tokens of the tokenizer's own chat template, and back.
+
+    Calls are written in Hermes style (`<tool_call>`) and read in Hermes or JSON style; a call's recipient is
+    `functions.<name>`, as in Harmony, so an environment serves both. Thoughts are channel "analysis"; plain content has
+    channel None. Raises ChatFormatError if the tokenizer has no template, or the template does not end a reply with a
+    special token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = as_chat_tokenizer(tokenizer)
+        if not self.tokenizer.has_template:
+            raise ChatFormatError(
+                'chat.format "template": the tokenizer has no chat template; set its chat_template, or use another format'
+            )
+        names = sorted(self.tokenizer.added_tokens, key=len, reverse=True)
+        special = [name for name in names if self.tokenizer.added_tokens[name] in self.tokenizer.special_ids]
+        self._any_added = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._any_special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._end_name, self._end_id = self._find_end()
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_id
+        return (self._end_id,) if eos is None or eos == self._end_id else (self._end_id, eos)
+
+    def start(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
+        return Prompt(tuple(self._encode(*self._render(messages, tools, generate=True))), extends=False)
+
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        history: Sequence[Message],
+        new: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
+    ) -> Prompt:
+        """The next prompt: `token_ids` and the tail the template writes after a reply.
+
+        A reply that broke off is closed by the template's own end token, which counts as context. If the template
+        writes anything before the reply differently now, a new segment starts instead.
+        """
+        before, reply = _split_reply(history)
+        thought = any(message.channel == "analysis" for message in reply)
+        stand_in = self._assistant([message for message in reply if message.recipient is not None], _Shield(self))
+        stand_in["content"] = _PLACEHOLDER
+        if thought:
+            stand_in["reasoning_content"] = _THOUGHTS
+        shield = _Shield(self)
+        earlier, later = self._convert(before, shield), self._convert(new, shield)
+        first = self.tokenizer.render_template(earlier, _schemas(tools), generate=True)
+        whole = self.tokenizer.render_template([*earlier, stand_in, *later], _schemas(tools), generate=True)
+        changed = self._what_changed(first, whole, thought=thought)
+        if changed:
+            ids = self._encode(*self._render([*history, *new], tools, generate=True))
+            return Prompt(tuple(ids), extends=False, dropped=(changed,))
+        after = whole[whole.index(_PLACEHOLDER) + len(_PLACEHOLDER) :]
+        tail = after[after.index(self._end_name) :]
+        seen = tuple(token_ids)
+        if seen and seen[-1] == self._end_id:
+            tail = tail[len(self._end_name) :]
+        return Prompt((*seen, *self._encode(tail, shield)), extends=True)
+
+    def demonstrate(self, message: Message, last: bool) -> tuple[int, ...]:
+        """The tokens a perfect policy draws for `message`; demonstrations of one reply's messages are laid end to end.
+
+        Raises ChatFormatError for a message that is not the assistant's, or a call whose content is not a JSON object.
+        """
+        if message.role != "assistant":
+            raise ChatFormatError(f"template: a policy speaks as assistant, got a demonstration with role {message.role!r}")
+        if message.recipient is not None:
+            text = write_call(message) + ("" if last else "\n")
+        elif message.channel == "analysis":
+            text = f"<think>\n{message.content}\n</think>\n\n"
+        else:
+            text = message.content + ("" if last else "\n")
+        shield = _Shield(self)
+        ids = self._encode(shield.assistant(text), shield)
+        return (*ids, self._end_id) if last else tuple(ids)
+
+    def parse(self, token_ids: Sequence[int]) -> Reply:
+        """Reads a reply. A reply is malformed if it broke off, holds special tokens or unknown ids, leaves a mark open,
+        or writes a call that is no JSON object with name and arguments. Never raises on account of the tokens."""
+        ids = tuple(token_ids)
+        text = self.tokenizer.decode(ids)
+        if not self.tokenizer.known_ids.issuperset(ids):
+            at = next(place for place, token in enumerate(ids) if token not in self.tokenizer.known_ids)
+            return Reply((), text, f"token {ids[at]} at {at} is not in the vocabulary")
+        ended = bool(ids) and ids[-1] in self.stop_token_ids
+        body = ids[:-1] if ended else ids
+        stray = [place for place, token in enumerate(body) if token in self.tokenizer.special_ids]
+        if stray:
+            name = self.tokenizer.decode(body[stray[0] : stray[0] + 1])
+            return Reply((), text, f"special token {name} at {stray[0]} inside the reply")
+        try:
+            messages = tuple(read_messages(self.tokenizer.decode(body), thinking=self._opens_thoughts))
+        except MalformedTextError as fault:
+            return Reply((), text, str(fault))
+        if not ended:
+            return Reply(messages, text, "cut off before the end of the reply" if ids else "empty reply")
+        return Reply(messages, text)
+
+    def _find_end(self) -> tuple[str, int]:
+        """Name and id of the special token the template puts after a reply, found by rendering one."""
+        asked = [{"role": "user", "content": "?"}]
+        prompt = self.tokenizer.render_template(asked, (), generate=True)
+        self._opens_thoughts = prompt.rstrip().endswith("<think>")
+        answered = [*asked, {"role": "assistant", "content": _PLACEHOLDER}, *asked]
+        rendered = self.tokenizer.render_template(answered, (), generate=False)
+        found = self._any_special.search(rendered, rendered.find(_PLACEHOLDER) + len(_PLACEHOLDER))
+        if _PLACEHOLDER not in rendered or found is None:
+            raise ChatFormatError(
+                "chat template: no special token follows an assistant message, so nothing would end a reply; "
+                "give the template one (ChatML writes <|im_end|>)"
+            )
+        return found.group(), self.tokenizer.added_tokens[found.group()]
+
+    def _what_changed(self, first: str, whole: str, *, thought: bool) -> str | None:
+        if whole.count(_PLACEHOLDER) != 1:
+            return "the reply: the template does not repeat it as it was"
+        before = whole[: whole.index(_PLACEHOLDER)]
+        if thought and _THOUGHTS not in before:
+            return "thoughts of earlier turns: the template leaves them out of this prompt"
+        if before.startswith(first) or (thought and first.startswith(before[: before.index(_THOUGHTS)])):
+            return None
+        return "earlier turns: the template writes them differently in this prompt"
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generate: bool
+    ) -> tuple[str, _Shield]:
+        shield = _Shield(self)
+        return self.tokenizer.render_template(self._convert(messages, shield), _schemas(tools), generate=generate), shield
+
+    def _convert(self, messages: Sequence[Message], shield: _Shield) -> list[dict[str, Any]]:
+        """Keel's messages as a template wants them: one entry per turn, thoughts and calls inside the assistant's."""
+        converted: list[dict[str, Any]] = []
+        place = 0
+        while place < len(messages):
+            message = messages[place]
+            if message.role != "assistant":
+                role = "system" if message.role == "developer" else message.role
+                entry = {"role": role, "content": shield.world(message.content)}
+                converted.append(entry if message.name is None else {**entry, "name": function_name_of(message.name)})
+                place += 1
+                continue
+            stop = place
+            while stop < len(messages) and messages[stop].role == "assistant":
+                stop += 1
+            converted.append(self._assistant(messages[place:stop], shield))
+            place = stop
+        return converted
+
+    @staticmethod
+    def _assistant(reply: Sequence[Message], shield: _Shield) -> dict[str, Any]:
+        spoken = [message for message in reply if message.recipient is None and message.channel != "analysis"]
+        entry: dict[str, Any] = {
+            "role": "assistant",
+            "content": "\n".join(shield.assistant(message.content) for message in spoken),
+        }
+        thoughts = [shield.assistant(message.content) for message in reply if message.channel == "analysis"]
+        calls = [
+            {
+                "type": "function",
+                "function": {"name": function_name(message), "arguments": shield.values(call_arguments(message))},
+            }
+            for message in reply
+            if message.recipient is not None
+        ]
+        return {
+            **entry,
+            **({"reasoning_content": "\n".join(thoughts)} if thoughts else {}),
+            **({"tool_calls": calls} if calls else {}),
+        }
+
+    def _encode(self, text: str, shield: _Shield) -> list[int]:
+        """Tokens of a rendering: a template's text between fences, ordinary text inside them."""
+        if not shield.hidden:
+            return self.tokenizer.encode_markup(text)
+        ids: list[int] = []
+        for place, part in enumerate(text.split(_FENCE)):
+            if place % 2:
+                ids += self.tokenizer.encode(shield.hidden[int(part)])
+            elif part:
+                ids += self.tokenizer.encode_markup(part)
+        return ids
+
+
+class _Shield:
+    """Takes what must stay ordinary text out of messages before a template sees them, and remembers it.
+
+    A hidden piece is written as its number between two fences. A message that holds a fence itself has that hidden too.
+    """
+
+    def __init__(self, chat: TemplateChat) -> None:
+        self.hidden: list[str] = []
+        self._any_added = chat._any_added
+        self._any_special = chat._any_special
+
+    def world(self, text: str) -> str:
+        return self._hide(self._any_added, text)
+
+    def assistant(self, text: str) -> str:
+        return self._hide(self._any_special, text)
+
+    def values(self, value: Any) -> Any:
+        """The same for every string inside a call's arguments."""
+        if isinstance(value, str):
+            return self.assistant(value)
+        if isinstance(value, Mapping):
+            return {self.assistant(key): self.values(item) for key, item in value.items()}
+        return [self.values(item) for item in value] if isinstance(value, list) else value
+
+    def _hide(self, pattern: re.Pattern[str], text: str) -> str:
+        if not pattern.search(text) and not _RESERVED.search(text):
+            return text
+        return re.sub(f"{_RESERVED.pattern}|{pattern.pattern}", self._fence, text)
+
+    def _fence(self, found: re.Match[str]) -> str:
+        self.hidden.append(found.group())
+        return f"{_FENCE}{len(self.hidden) - 1}{_FENCE}"
+
+
+def function_name_of(tool_name: str) -> str:
+    """The bare name of a tool."""
+    return tool_name.removeprefix(f"{FUNCTIONS}.")
+
+
+def _schemas(tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:
+    """Tools as OpenAI-style schemas, which is what templates expect."""
+    return [
+        {
+            "type": "function",
+            "function": {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)},
+        }
+        for tool in tools
+    ]
+
+
+def _split_reply(history: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]]:
+    """History up to the last reply, and that reply (nothing, if it could not be read)."""
+    stop = len(history)
+    while stop and history[stop - 1].role == "assistant":
+        stop -= 1
+    return history[:stop], history[stop:]
