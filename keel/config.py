@@ -195,6 +195,29 @@ class TrainConfig(Section):
             raise ImpossibleConfigError(conflicts)
         return self
 
+    def stages(self) -> tuple[Stage, ...]:
+        """What the learner does from the first step to the last, in order; a stage of no steps is left out."""
+        supervised = AlgoConfig(loss=Plugin(id="cross_entropy"))
+        planned = (
+            Stage("warm_start", 0, self.warm_start.steps, supervised, self.warm_start.optim),
+            Stage("reinforce", self.warm_start.steps, self.steps, self.algo, self.optim),
+        )
+        return tuple(stage for stage in planned if stage.num_steps > 0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training steps `first_step` to `first_step + num_steps - 1` of a learner, under one algorithm and one optimizer.
+
+    A mode is a value: supervised learning is another loss, reinforcement the same learner.
+    """
+
+    name: Literal["warm_start", "reinforce"]
+    first_step: int
+    num_steps: int
+    algo: AlgoConfig
+    optim: OptimConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Conflict:

@@ -1,0 +1,1 @@
+"""Where the learner runs: its processes, and how parameters are sharded over them."""

@@ -1,0 +1,71 @@
+"""What a learner is to the training loop: plain values in, plain values out, in one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from keel.batch import PackedBatch
+from keel.config import Stage
+from keel.sync.base import WeightSource
+from keel.types import Verdict
+
+
+class LearnerError(RuntimeError):
+    """The learner was used out of order, or one of its processes is gone; says what, and how to fix it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a gradient looks like before it is applied. The gradient itself stays in the learner.
+
+    `serial` ties it to that gradient; `last` says that applying it ends the training step. `loss` is the mean over the
+    update's loss tokens, `grad_norm` the global norm before clipping, `finite` whether both are numbers. An update of
+    no loss tokens is finite, zero and changes nothing.
+    """
+
+    serial: int
+    index: int
+    last: bool
+    loss: float
+    grad_norm: float
+    finite: bool
+    num_loss_tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class LearnerLike(Protocol):
+    """A learner: one process (`Learner`) or several ranks (`LearnerGroup`)."""
+
+    @property
+    def step(self) -> int:
+        """Training steps done, over all stages; a skipped one is done too."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps applied: changes exactly when the weights do."""
+        ...
+
+    @property
+    def stage(self) -> Stage | None: ...
+
+    def enter(self, stage: Stage) -> None: ...
+
+    def score(self, batch: PackedBatch) -> PackedBatch: ...
+
+    def backward(self, batch: PackedBatch, update_index: int = 0) -> Update: ...
+
+    def apply(self, update: Update, verdict: Verdict) -> dict[str, float]: ...
+
+    def weights_to(self, source: WeightSource) -> None: ...
+
+    def export(self, path: str | Path) -> None: ...
+
+    def save(self, path: str | Path, extra: Mapping[str, Any]) -> None: ...
+
+    def load(self, path: str | Path) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
