@@ -1,3 +1,63 @@
-"""Keel: agentic reinforcement learning where the policy that learns is the policy that acted."""
+"""Keel: agentic reinforcement learning where the policy that learns is the policy that acted.
+
+The names below are imported when first used, so `import keel` is quick and needs no torch. `train` is in `keel.train`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keel.chat.base import Reply
+    from keel.config import TrainConfig
+    from keel.config_load import load as load_config
+    from keel.envs.base import Env, Step
+    from keel.envs.tools import tool
+    from keel.monitor.runlog import RunSummary
+    from keel.types import Group, Message, Task, ToolSpec, Trajectory
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Env",
+    "Group",
+    "Message",
+    "Reply",
+    "RunSummary",
+    "Step",
+    "Task",
+    "ToolSpec",
+    "TrainConfig",
+    "Trajectory",
+    "__version__",
+    "load_config",
+    "tool",
+]
+
+_HOMES = {
+    "Env": "keel.envs.base:Env",
+    "Group": "keel.types:Group",
+    "Message": "keel.types:Message",
+    "Reply": "keel.chat.base:Reply",
+    "RunSummary": "keel.monitor.runlog:RunSummary",
+    "Step": "keel.envs.base:Step",
+    "Task": "keel.types:Task",
+    "ToolSpec": "keel.types:ToolSpec",
+    "TrainConfig": "keel.config:TrainConfig",
+    "Trajectory": "keel.types:Trajectory",
+    "load_config": "keel.config_load:load",
+    "tool": "keel.envs.tools:tool",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'keel' has no attribute {name!r}")
+    module, _, attribute = home.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

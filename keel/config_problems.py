@@ -64,11 +64,9 @@ def problems_of(error: ValidationError, where: Where) -> list[Problem]:
 
 
 def _unknown(path: Path, value: Any, where: Where) -> Problem:
-    holder = f"[{'.'.join(path[:-1])}]" if path[:-1] else "the top of the file"
+    holder = f"in [{'.'.join(path[:-1])}]" if path[:-1] else "at the top of the file"
     what = (
-        f"unknown section [{'.'.join(path)}]"
-        if isinstance(value, Mapping)
-        else f"unknown option {path[-1]!r} in {holder}"
+        f"unknown section [{'.'.join(path)}]" if isinstance(value, Mapping) else f"unknown option {path[-1]!r} {holder}"
     )
     return Problem(where(path), what, shown(value), nearest(path))
 

@@ -125,4 +125,4 @@ def toml_value(value: Any) -> str:
         return "{ " + ", ".join(pairs) + " }" if pairs else "{}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
-    return tomlkit.item(value).as_string()
+    return str(tomlkit.item(value).as_string())

@@ -55,10 +55,7 @@ def open_display(mode: Literal["auto", "on", "off"], title: str) -> Display:
 
 def harmless(text: str) -> str:
     """`text` with control characters (terminal codes among them) made visible; newline and tab stay."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else f"\\x{ord(character):02x}"
-        for character in text
-    )
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
 
 
 def describe(metrics: Metrics) -> str:

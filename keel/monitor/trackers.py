@@ -1,11 +1,11 @@
-"""Other homes for a run's numbers: TensorBoard, Weights & Biases, trackio. Each is an extra, imported only when asked for."""
+"""Other homes for a run's numbers: TensorBoard, Weights & Biases, trackio. Extras, imported only when asked for."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +38,11 @@ def require(names: Sequence[str]) -> None:
 def open_trackers(config: LogConfig, run_dir: Path, run_config: Mapping[str, Any]) -> list[Tracker]:
     """The trackers of `config.trackers`; they keep their own files under `run_dir`/trackers."""
     require(config.trackers)
-    makers = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases, "trackio": _Trackio}
+    makers: dict[str, Callable[[LogConfig, Path, Mapping[str, Any]], Tracker]] = {
+        "tensorboard": _TensorBoard,
+        "wandb": _WeightsAndBiases,
+        "trackio": _Trackio,
+    }
     return [makers[name](config, run_dir, run_config) for name in config.trackers]
 
 

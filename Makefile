@@ -1,0 +1,67 @@
+# Two commands: `make quickstart` and `make test`. Each makes .venv from any Python >= 3.11 and installs into it.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.keel-installed
+SEED ?= 0
+# Extra arguments for pip and for pytest, say PIP_ARGS="--index-url ..." or TESTS="tests/unit -k config".
+PIP_ARGS ?=
+TESTS ?= tests
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# One thread per process: torch's threads of several test processes would stand in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+.PHONY: help install quickstart test lint mutants soak docs clean
+
+help:
+	@echo "make quickstart [SEED=0]  install, then train a small agent (minutes)"
+	@echo "make test                 install, then lint, types and tests"
+	@echo "make install              only make .venv"
+	@echo "make mutants              break the code on purpose; each break must fail its test"
+	@echo "make soak                 the long tests"
+	@echo "make docs                 write docs/config.md"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -eu; \
+	found=; \
+	for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    found=$$python; break; \
+	  fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Keel needs Python >= 3.11 with its venv module; none on PATH. Install one, or: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	echo "installing into $(VENV) with $$("$$found" --version) (a few minutes the first time)"; \
+	"$$found" -m venv $(VENV)
+	@# torch first and by itself: if a CPU build of the pinned version is on offer, this takes it.
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt torch
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+	@echo "installed"
+
+quickstart: $(STAMP)
+	$(BIN)/keel quickstart --seed $(SEED)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(PYTEST) $(TESTS)
+
+soak: $(STAMP)
+	$(PYTEST) -m soak $(TESTS)
+
+mutants: $(STAMP)
+	$(BIN)/python scripts/mutants.py tests/mutants/mutants.toml
+
+docs: $(STAMP)
+	$(BIN)/keel config --markdown > docs/config.md.new && mv docs/config.md.new docs/config.md
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,158 @@
+"""The command line. Nothing here imports torch until a command needs it.
+
+Exit codes: 0 done, 2 the config (or an argument) is wrong, 4 the monitor stopped the run, 130 interrupted; 1 anything
+else, with its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import keel
+from keel import config_load
+from keel.config_docs import as_markdown
+from keel.config_problems import ConfigError
+from keel.monitor.rows import RunDirectoryError
+from keel.monitor.trackers import TrackerError
+
+if TYPE_CHECKING:
+    from keel.monitor.runlog import RunSummary
+
+EXIT_CONFIG = 2
+EXIT_STOPPED = 4
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Keel: reinforcement learning for language-model agents; the policy that learns is the policy that acted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.OPTION=VALUE", help="Set an option; may be repeated.")
+]
+ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config; `keel config` prints one.")]
+
+
+def main() -> None:
+    """Run the command line; faults that are the user's to mend are told without a traceback."""
+    try:
+        app(standalone_mode=True)
+    except (ConfigError, RunDirectoryError, TrackerError) as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_CONFIG)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(keel.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of keel itself."""
+
+
+@app.command()
+def train(
+    config_file: ConfigFile,
+    sets: Sets = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would take, and stop.")] = False,
+) -> None:
+    """Train as RUN.toml says."""
+    config = config_load.load(config_file, sets or ())
+    config_load.require(config, ("model.path", "env.id"), str(config_file))
+    if dry_run:
+        from keel.plan import describe_plan, make_plan
+
+        print(describe_plan(make_plan(config)))
+        return
+    from keel.train import train as run
+
+    _finish(run(config))
+
+
+@app.command()
+def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]) -> None:
+    """Continue a run from its newest checkpoint."""
+    from keel.train import resume as run
+
+    _finish(run(run_dir))
+
+
+@app.command()
+def quickstart(
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; without it runs/<date>-quickstart.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Build a small GPT-OSS-shaped agent, warm-start it, train it by reinforcement, and tell how well it does."""
+    from keel.quickstart import run
+
+    _finish(run(seed, run_dir, sets or ()))
+
+
+@app.command("eval")
+def evaluate(
+    config_file: ConfigFile,
+    model: Annotated[str, typer.Option(help="Checkpoint to evaluate, instead of the config's model.path.")] = "",
+    sets: Sets = None,
+) -> None:
+    """Evaluate a checkpoint on the config's held-out tasks."""
+    arguments = [*(sets or ()), *([f"model.path={model!r}"] if model else [])]
+    config = config_load.load(config_file, arguments)
+    config_load.require(config, ("model.path", "env.id", "eval.num_tasks"), str(config_file))
+    from keel.evaluate import evaluate_checkpoint
+    from keel.monitor.live import describe
+
+    print(describe(evaluate_checkpoint(config)))
+
+
+@app.command("tiny-model")
+def tiny_model(
+    out: Annotated[Path, typer.Option(help="Directory to write; must not hold a model yet.")],
+    preset: Annotated[str, typer.Option(help="gpt_oss, qwen3 or qwen3_moe.")] = "gpt_oss",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a small random model and its tokenizer as an ordinary Hugging Face directory."""
+    if (out / "config.json").exists():
+        raise typer.BadParameter(f"{out} holds a model already; choose another directory", param_hint="--out")
+    from keel.cli_tiny import presets, write_tiny_model
+
+    if preset not in presets():
+        raise typer.BadParameter(f"got {preset!r}; known: {', '.join(presets())}", param_hint="--preset")
+    write_tiny_model(preset, out, seed=seed)
+    print(f"wrote {preset} to {out}")
+
+
+@app.command("config")
+def print_config(
+    config_file: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.toml]", help="Resolve this file; without it, the defaults.")
+    ] = None,
+    sets: Sets = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page (docs/config.md).")] = False,
+) -> None:
+    """Print a complete, documented config."""
+    print(as_markdown() if markdown else config_load.dump(config_load.load(config_file, sets or ())), end="")
+
+
+def _finish(summary: RunSummary) -> None:
+    """Tell where the run lies; a run that the monitor stopped does not count as done."""
+    print(f"{summary.state}: {summary.run_dir}" + (f" ({summary.reason})" if summary.reason else ""))
+    if summary.state == "stopped":
+        raise typer.Exit(EXIT_STOPPED)
