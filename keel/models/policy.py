@@ -1,0 +1,275 @@
+"""The learner's and the embedded engine's one way into `transformers`.
+
+`PolicyModel` is an ordinary `AutoModelForCausalLM` with Keel's attention, experts and routers put in. Its checkpoints
+are ordinary Hugging Face directories. Trunk and head both run inside `forward`, so that whatever wraps the module
+(FSDP2, compilation) sees one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from keel.models import experts as keel_experts
+from keel.models.info import ModelInfo, model_info
+from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers
+from keel.ops.logprobs import DEFAULT_CHUNK_TOKENS, head_logits, linear_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from keel.batch import MicroBatch
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,  # for exactness tests
+}
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What the model says about a micro-batch's rows; row t is about `labels[t]`, routes about `input_ids[t]`."""
+
+    logprobs: torch.Tensor  # [T] float32, under softmax(logits / temperature)
+    entropy: torch.Tensor | None  # [T] float32 nats, of the same distribution; detached unless asked
+    values: torch.Tensor | None = None  # [T] float32, of a critic
+    routes: torch.Tensor | None = None  # [T, moe layers, k] int32
+    route_margins: torch.Tensor | None = None  # [T, moe layers] float32, see RouteRecorder.margins
+
+
+class PolicyModel(nn.Module):
+    """A causal language model as tokens in, log-probs out.
+
+    `model` is the `transformers` module, `info` its sizes. Parameters have the compute type; float32 masters, where
+    they differ, belong to the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        head_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Fit `model` in place: declared routers, packed input, checkpointing.
+
+        Raises ValueError for an unusual head.
+        """
+        super().__init__()
+        self.info: ModelInfo = model_info(model.config)
+        self.model = model
+        self.head_chunk_tokens = head_chunk_tokens
+        self.routers = replace_routers(model)  # a tuple: registered where they stand, not a second time here
+        self._packs = _takes_packed_input(model.config._attn_implementation)
+        self._mask = _packed_mask(model)
+        if gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "float32",
+        attention: str = "keel",
+        experts: str = "keel",
+        gradient_checkpointing: bool = False,
+        head_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        trust_remote_code: bool = False,
+        device: torch.device | str | None = None,
+    ) -> PolicyModel:
+        """Load a Hugging Face directory or hub id; the keywords are those of the config's `model` section.
+
+        Returns it in evaluation mode, or in training mode if `gradient_checkpointing` asks for it (`transformers`
+        checkpoints in training mode only). Raises what `transformers` raises for a path that is no model, ValueError
+        for an unknown dtype or an unusual head, NotImplementedError for experts 'keel' does not know.
+        """
+        from transformers import AutoModelForCausalLM
+
+        _register(attention, experts)
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=_dtype(dtype),
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                **({} if _is_dense(path, trust_remote_code) else {"experts_implementation": experts}),
+            )
+        if device is not None:
+            model.to(device)
+        policy = cls(model, head_chunk_tokens=head_chunk_tokens, gradient_checkpointing=gradient_checkpointing)
+        if experts == keel_experts.IMPLEMENTATION:
+            keel_experts.check(model)
+        return policy
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each layer in the backward pass; the same bits. Switches to training mode."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        self.train()
+
+    def forward(
+        self,
+        micro_batch: MicroBatch,
+        *,
+        with_entropy: bool = True,
+        with_routes: bool = False,
+        with_margins: bool = False,
+        entropy_grad: bool = False,
+    ) -> TokenOutputs:
+        """Log-probs of `micro_batch.labels` under softmax(logits / temperature), sequences kept apart.
+
+        `with_routes` returns each token's experts, `with_margins` also how near a tie the choice was. Gradients flow
+        through the entropy only if `entropy_grad`. Raises ValueError if routes are wanted of a model whose routers are
+        not declared, if the attention implementation cannot keep packed sequences apart, or a temperature is not
+        positive.
+        """
+        if micro_batch.num_sequences > 1 and not self._packs:
+            raise ValueError(
+                f"model: got {micro_batch.num_sequences} packed sequences, which attention = "
+                f"{self.model.config._attn_implementation!r} would let see each other; set attention = 'keel'"
+            )
+        hidden, recorder = self._hidden(
+            micro_batch.input_ids,
+            micro_batch.positions,
+            RouteRecorder(len(self.routers), with_margins=with_margins) if with_routes or with_margins else None,
+            cu_seq_lens_q=micro_batch.cu_seqlens,
+            cu_seq_lens_k=micro_batch.cu_seqlens,
+            max_length_q=micro_batch.max_seqlen,
+            max_length_k=micro_batch.max_seqlen,
+        )
+        head = self.head
+        logprobs, entropy = linear_logprobs(
+            hidden,
+            head.weight,
+            micro_batch.labels,
+            temperature=micro_batch.temperature,
+            bias=head.bias,
+            chunk_tokens=self.head_chunk_tokens,
+            with_entropy=with_entropy,
+            entropy_grad=entropy_grad,
+        )
+        return TokenOutputs(
+            logprobs,
+            entropy,
+            routes=recorder.routes() if recorder is not None else None,
+            route_margins=recorder.margins() if recorder is not None and with_margins else None,
+        )
+
+    def trunk(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, *, with_routes: bool = False, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Last hidden states `[T, Hd]` (after the final norm) and routes `[T, moe layers, k]` int32 or None.
+
+        `attention_kwargs` reach the registered attention function (`keel_cache=`, or `cu_seq_lens_q=` and its kin).
+        """
+        recorder = RouteRecorder(len(self.routers)) if with_routes else None
+        hidden, recorder = self._hidden(input_ids, positions, recorder, **attention_kwargs)
+        return hidden, None if recorder is None else recorder.routes()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head: `[T, Hd]` -> `[T, V]`, float32 (float64 stays float64), before any temperature."""
+        return head_logits(hidden, self.head.weight, self.head.bias)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output projection; shares its weight with the embedding where they are tied."""
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def save(
+        self, path: str | Path, tokenizer: Any = None, *, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write an ordinary Hugging Face directory that plain `AutoModelForCausalLM` loads.
+
+        `state_dict` (names of `self.model`) stands in for the module's own weights, for callers whose weights are
+        sharded. `tokenizer` is saved beside them if given.
+        """
+        options = {} if state_dict is None else {"state_dict": dict(state_dict)}
+        with _no_progress_bars():
+            self.model.save_pretrained(path, **options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+
+    def _hidden(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, recorder: RouteRecorder | None, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, RouteRecorder | None]:
+        if recorder is not None and self.info.num_moe_layers != len(self.routers):
+            raise ValueError(
+                f"routes: {self.info.model_type} has {self.info.num_moe_layers} MoE layers, of which "
+                f"{len(self.routers)} have a router Keel can record; do not ask for its routes"
+            )
+        arguments = {
+            "input_ids": input_ids[None],
+            "position_ids": positions[None],
+            "attention_mask": self._mask,
+            "use_cache": False,
+            **attention_kwargs,
+        }
+        if recorder is None:
+            return self.model.base_model(**arguments).last_hidden_state[0], None
+        with record_routes(recorder):
+            return self.model.base_model(**arguments).last_hidden_state[0], recorder
+
+
+def _takes_packed_input(attention: str) -> bool:
+    """Whether `cu_seq_lens_q` is honoured; transformers' eager and sdpa paths take it and ignore it."""
+    return attention == "keel" or "flash" in attention
+
+
+def _packed_mask(model: PreTrainedModel) -> dict[str, None] | None:
+    """What to hand a model as `attention_mask` for packed input.
+
+    Models with several kinds of layers take a dict with a mask for each and then make none themselves; with Keel's
+    attention, `cu_seq_lens_q` says all there is to say. Others get None and let the attention's mask function decide.
+    """
+    if model.config._attn_implementation != "keel":
+        return None
+    source = inspect.getsource(inspect.unwrap(type(model.base_model).forward))
+    if "attention_mask, dict)" not in source:
+        return None
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return dict.fromkeys({"full_attention", "sliding_attention", *kinds})
+
+
+def _register(attention: str, experts: str) -> None:
+    if attention == "keel":
+        from keel.models import attention as keel_attention
+
+        keel_attention.register()
+    if experts == keel_experts.IMPLEMENTATION:
+        keel_experts.register()
+
+
+def _is_dense(path: str | Path, trust_remote_code: bool) -> bool:
+    from transformers import AutoConfig
+
+    return model_info(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)).num_experts == 0
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Saving and loading small models happens all the time; their progress bars would bury the run's own display."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,185 @@
+"""Declared routers: the modules that choose experts, with a place to record the choice and a place to replay it.
+
+They take the place of the routers `transformers` builds, with the same parameters under the same names (checkpoints
+stay ordinary) and the same arithmetic. Recording and replay are switched on by context, so a layer's signature does
+not change and gradient checkpointing does not get in the way:
+
+    with record_routes(RouteRecorder(num_moe_layers)) as recorder:
+        policy.trunk(...)
+    recorder.routes()          # [T, moe layers, k] int32
+
+    with replay_routes(routes):
+        policy(micro_batch)    # these experts, weighted by the router's present logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class RouteRecorder:
+    """Keeps each router's choice of one forward pass; recording a layer again overwrites it with the same values."""
+
+    def __init__(self, num_moe_layers: int, *, with_margins: bool = False) -> None:
+        self.with_margins = with_margins
+        self._chosen: list[torch.Tensor | None] = [None] * num_moe_layers
+        self._margins: list[torch.Tensor | None] = [None] * num_moe_layers
+
+    def record(self, moe_layer: int, chosen: torch.Tensor, logits: torch.Tensor) -> None:
+        """Keep `chosen [T, k]` of MoE layer number `moe_layer`, and how near a tie it was if margins are wanted."""
+        self._chosen[moe_layer] = chosen.detach()
+        if self.with_margins:
+            self._margins[moe_layer] = route_margin(logits.detach(), chosen.shape[-1])
+
+    def routes(self) -> torch.Tensor:
+        """`[T, moe layers, k]` int32. Raises RuntimeError if a layer was never run."""
+        return torch.stack(_complete(self._chosen), dim=1).to(torch.int32)
+
+    def margins(self) -> torch.Tensor:
+        """`[T, moe layers]` float32: gap in router logits between the last expert chosen and the first left out.
+
+        Raises RuntimeError if margins were not recorded.
+        """
+        return torch.stack(_complete(self._margins), dim=1).float()
+
+
+def _complete(layers: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    missing = [index for index, layer in enumerate(layers) if layer is None]
+    if missing:
+        raise RuntimeError(
+            f"routes: MoE layers {missing} of {len(layers)} were not recorded; run the whole trunk inside it"
+        )
+    return [layer for layer in layers if layer is not None]
+
+
+def route_margin(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Gap `[T]` between the `top_k`-th and the next of router `logits [T, E]`; infinite if every expert is chosen."""
+    if top_k >= logits.shape[-1]:
+        return torch.full(logits.shape[:-1], torch.inf, dtype=torch.float32, device=logits.device)
+    highest = torch.topk(logits.float(), top_k + 1, dim=-1).values
+    return highest[..., -2] - highest[..., -1]
+
+
+_recorder: ContextVar[RouteRecorder | None] = ContextVar("keel_route_recorder", default=None)
+_replay: ContextVar[torch.Tensor | None] = ContextVar("keel_route_replay", default=None)
+
+
+@contextmanager
+def record_routes(recorder: RouteRecorder) -> Iterator[RouteRecorder]:
+    """Every declared router that runs in this context (and in no other thread) tells `recorder` its choice."""
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorder.reset(token)
+
+
+@contextmanager
+def replay_routes(routes: torch.Tensor) -> Iterator[None]:
+    """Routers in this context choose `routes [T, moe layers, k]`; where it says -1 they choose for themselves.
+
+    The weights of the chosen experts are the router's present ones, with gradient. Raises ValueError if `routes` is
+    not integer or not three-dimensional.
+    """
+    if routes.dim() != 3 or routes.is_floating_point():
+        raise ValueError(f"replay_routes: got {routes.dtype} {tuple(routes.shape)}; needs integer [T, moe layers, k]")
+    token = _replay.set(routes)
+    try:
+        yield
+    finally:
+        _replay.reset(token)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch's checkpoint: the recomputation replays what the forward pass replayed.
+
+    It runs in the backward pass, when the caller's context is long left; without this it would choose experts anew.
+    """
+    routes = _replay.get()
+    return nullcontext(), nullcontext() if routes is None else replay_routes(routes)
+
+
+class Router(nn.Module):
+    """What the declared routers share: parameters taken over from the module they replace, recording, replay."""
+
+    def __init__(self, source: nn.Module, moe_layer: int) -> None:
+        super().__init__()
+        self.moe_layer = moe_layer
+        self.top_k = int(source.top_k)  # type: ignore[arg-type]
+        self.num_experts = int(source.num_experts)  # type: ignore[arg-type]
+        self.hidden_dim = int(source.hidden_dim)  # type: ignore[arg-type]
+        self.weight: nn.Parameter = source.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = getattr(source, "bias", None)
+
+    def choose(self, scores: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `top_k` highest of `scores [T, E]` as (values, indices [T, k]), replayed and recorded where asked."""
+        values, chosen = torch.topk(scores, self.top_k, dim=-1)
+        replay = _replay.get()
+        if replay is not None:
+            forced = replay[:, self.moe_layer].to(chosen.dtype)
+            if forced.shape != chosen.shape:
+                raise ValueError(
+                    f"replay_routes: got {tuple(forced.shape)} choices for MoE layer {self.moe_layer}, "
+                    f"which routes {tuple(chosen.shape)}; replay the routes of the same tokens"
+                )
+            chosen = torch.where(forced >= 0, forced, chosen)
+            values = scores.gather(-1, chosen)
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder.record(self.moe_layer, chosen, logits)
+        return values, chosen
+
+
+class SoftmaxOfChosenRouter(Router):
+    """GPT-OSS: weights are the softmax over the chosen experts' logits."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`hidden_states [T, Hd]` -> (logits [T, E], weights [T, k], chosen [T, k])."""
+        logits = functional.linear(hidden_states, self.weight, self.bias)
+        values, chosen = self.choose(logits, logits)
+        return logits, torch.softmax(values, dim=-1), chosen
+
+
+class ChosenOfSoftmaxRouter(Router):
+    """Qwen3-MoE, Mixtral: weights are the chosen experts' shares of the softmax over all, made to sum to 1 if asked."""
+
+    def __init__(self, source: nn.Module, moe_layer: int) -> None:
+        super().__init__(source, moe_layer)
+        self.norm_topk_prob = bool(getattr(source, "norm_topk_prob", True))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`hidden_states [.., Hd]` -> (logits [T, E], weights [T, k], chosen [T, k])."""
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        logits = functional.linear(hidden_states, self.weight)
+        values, chosen = self.choose(torch.softmax(logits, dim=-1, dtype=torch.float32), logits)
+        if self.norm_topk_prob:
+            values = values / values.sum(dim=-1, keepdim=True)
+        return logits, values.to(logits.dtype), chosen
+
+
+_DECLARED: dict[str, type[Router]] = {
+    "GptOssTopKRouter": SoftmaxOfChosenRouter,
+    "Qwen3MoeTopKRouter": ChosenOfSoftmaxRouter,
+}
+
+
+def replace_routers(model: nn.Module) -> tuple[Router, ...]:
+    """Put a declared router in the place of each one known, in layer order; returns them.
+
+    A model without experts has none; so has a family not listed here, whose routes then cannot be captured.
+    """
+    routers: list[Router] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            declared = _DECLARED.get(type(child).__name__)
+            if declared is not None:
+                router = declared(child, len(routers)).train(child.training)
+                setattr(parent, name, router)
+                routers.append(router)
+    return tuple(routers)
