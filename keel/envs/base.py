@@ -40,6 +40,25 @@ class Step:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class EnvError(RuntimeError):
+    """Raise it where the world failed (a dead sandbox, a lost connection), from an environment, a tool or a reward.
+
+    The episode becomes `env_error` and leaves before group statistics. An environment's other exceptions mean the
+    same; a tool's other exceptions are shown to the agent as the tool's answer, which this one never is.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A scripted episode: what a good policy would reply, turn by turn, at `task`.
+
+    `replies[i]` are the messages of reply i. The environment itself answers them when the demonstration is played.
+    """
+
+    task: Task
+    replies: tuple[tuple[Message, ...], ...]
+
+
 class Env:
     """Base class; subclass it and write `tasks`, `reset` and `step`."""
 
@@ -58,6 +77,16 @@ class Env:
     def step(self, reply: Reply) -> Step | Awaitable[Step]:
         """Answer the agent's reply (which may be malformed)."""
         raise NotImplementedError(f"{type(self).__name__} needs a method step(self, reply)")
+
+    def demonstrations(self, count: int, *, seed: int, start: int) -> Sequence[Demonstration]:
+        """Demonstrations number `start` to `start + count - 1` of the endless sequence that `seed` gives.
+
+        At tasks of the train split only; the same numbers always give the same demonstrations.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no demonstrations; write demonstrations(self, count, *, seed, start), "
+            "or name a function of that signature in warm_start.demonstrations"
+        )
 
     def close(self) -> None | Awaitable[None]:
         """Free what the instance holds."""

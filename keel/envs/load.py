@@ -1,0 +1,35 @@
+"""From the config's `[env]` section to something that makes environments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from keel.config import EnvConfig
+from keel.envs.base import Env
+from keel.plugins import PluginError, check_options, resolve
+
+EnvFactory = Callable[[], Env]
+
+
+def env_factory(config: EnvConfig) -> EnvFactory:
+    """A function that makes one more environment of the config's kind.
+
+    `config.id` is `package.module:Class` (or a function that returns an environment), or the name of a class in
+    `keel.envs`. Raises PluginError if there is none, or if it does not take the options.
+    """
+    if not config.id:
+        raise PluginError("env.id is empty; name an environment: 'package.module:Class', or a built-in: CalculatorEnv")
+    target = resolve(config.id, "keel.envs")
+    if not callable(target):
+        raise PluginError(f"env.id {config.id!r} is a {type(target).__name__}; it must be a class or a function")
+    check_options(target, config.options, f"environment {config.id!r}")
+    return functools.partial(_make, target, config.id, dict(config.options))
+
+
+def _make(target: Callable[..., Any], name: str, options: dict[str, Any]) -> Env:
+    made = target(**options)
+    if not isinstance(made, Env):
+        raise PluginError(f"environment {name!r} made a {type(made).__name__}; it must make a keel.envs.base.Env")
+    return made

@@ -1,0 +1,1 @@
+"""Environment x engine -> groups: episodes, their scheduling, their records. No torch."""

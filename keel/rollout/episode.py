@@ -1,0 +1,292 @@
+"""One episode: reset, then reply by reply until the environment is done, a limit is reached, or the world fails.
+
+Who is to blame is decided here, once. The environment (or a reward) raises or hangs: `env_error`, `env_timeout`. The
+engine fails: `engine_error`. The policy runs into a limit: `truncated`, and that counts. A fault of Keel itself (or of
+a chat format) is not an outcome of an episode: it is raised and ends the run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import PurePath
+from typing import Any, NoReturn
+
+from keel.chat.base import Chat, Prompt, Reply
+from keel.engines.base import Engine, EngineError, GenerateRequest, GenerateResult
+from keel.envs.base import Env, Step
+from keel.envs.calls import call_with_timeout
+from keel.envs.threads import CallTimeoutError, HangingCallsError
+from keel.rewards.base import Reward
+from keel.rollout.tokens import TokenRecord
+from keel.types import Message, SamplingSettings, Task, ToolSpec, Trajectory, TrajectoryStatus, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSettings:
+    """Limits and draws of an episode: `max_new_tokens` per reply, `max_sequence_tokens` per segment with its prompt."""
+
+    sampling: SamplingSettings
+    max_turns: int
+    max_new_tokens: int
+    max_sequence_tokens: int
+    reset_timeout_s: float
+    step_timeout_s: float
+    return_routes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which episode: attempt number `attempt` of group `group_id` at `task`. `seed` is the run's; with `step` (the
+    policy step), group, attempt and turn it decides every draw."""
+
+    task: Task
+    group_id: str
+    attempt: int
+    seed: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.group_id}/{self.attempt}"
+
+    def draw_seed(self, turn: int) -> int:
+        """The engine's seed for reply number `turn`, 63 bits."""
+        key = f"{self.seed}/{self.step}/{self.group_id}/{self.attempt}/{turn}"
+        return int.from_bytes(blake2b(key.encode(), digest_size=8, person=b"keel-draw").digest(), "big") >> 1
+
+
+class _EndedError(Exception):
+    """The episode is over before its time, for a reason that is not the environment's `done`."""
+
+    def __init__(self, status: TrajectoryStatus, error: str | None = None) -> None:
+        super().__init__(status, error)
+        self.status: TrajectoryStatus = status
+        self.error = error
+
+
+async def run_episode(
+    env: Env, attempt: Attempt, *, engine: Engine, chat: Chat, settings: EpisodeSettings
+) -> Trajectory:
+    """Run one episode. Whatever the environment or the engine does wrong ends up in the trajectory's status and error,
+    with all that was gained until then; the engine's session is ended in any case."""
+    episode = _Episode(env, attempt, engine, chat, settings)
+    try:
+        await episode.play()
+    except _EndedError as end:
+        episode.status, episode.error = end.status, end.error
+    finally:
+        await engine.end_session(attempt.name)
+    return episode.trajectory()
+
+
+def failed_attempt(attempt: Attempt, status: TrajectoryStatus, error: str) -> Trajectory:
+    """An attempt that the world ended before its first message."""
+    return Trajectory(attempt.task, attempt.group_id, attempt.attempt, (), (), (), status, error=error)
+
+
+async def add_reward(trajectory: Trajectory, reward: Reward, *, timeout_s: float) -> Trajectory:
+    """The trajectory with what `reward` gives added, or failed with the reward function's error.
+
+    One that failed before is left as it is, without asking.
+    """
+    if trajectory.failed:
+        return trajectory
+    name = getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)
+    try:
+        value = await _ask(name, reward, trajectory, trajectory.task, timeout_s=timeout_s)
+        if not _is_finite(value):
+            _refuse(f"{name}() returns a finite number; got {_short(value)}")
+    except _EndedError as end:
+        return replace(trajectory, status=end.status, error=end.error)
+    parts = {**trajectory.reward_parts, name: float(value)}
+    return replace(trajectory, reward=trajectory.reward + float(value), reward_parts=parts)
+
+
+class _Episode:
+    """An episode's state while it runs."""
+
+    def __init__(self, env: Env, attempt: Attempt, engine: Engine, chat: Chat, settings: EpisodeSettings) -> None:
+        self.env = env
+        self.attempt = attempt
+        self.engine = engine
+        self.chat = chat
+        self.settings = settings
+        self.status: TrajectoryStatus = "completed"
+        self.error: str | None = None
+        self.record = TokenRecord()
+        self.first_messages: tuple[Message, ...] = ()
+        self.turns: list[Turn] = []
+        self.reward = 0.0
+        self.reward_parts: Counter[str] = Counter()
+        self.metrics: Counter[str] = Counter()
+        self.success: bool | None = None
+
+    async def play(self) -> None:
+        """Play to the end; raises _EndedError if that is not the environment's `done`."""
+        tools, prompt = await self._begin()
+        history = list(self.first_messages)
+        while True:
+            result = await self._generate(prompt)
+            reply, step = await self._answer()
+            if result.finish_reason == "length":
+                raise _EndedError("truncated")
+            if step.done:
+                return
+            if len(self.turns) >= self.settings.max_turns:
+                raise _EndedError("truncated")
+            history.extend(reply.messages)
+            prompt = self.chat.extend(self.record.token_ids, history, step.messages, tools)
+            history.extend(step.messages)
+
+    async def _begin(self) -> tuple[Sequence[ToolSpec], Prompt]:
+        timeout_s = self.settings.reset_timeout_s
+        messages = await _ask("reset", self.env.reset, self.attempt.task, timeout_s=timeout_s)
+        if not isinstance(messages, list | tuple) or not all(isinstance(message, Message) for message in messages):
+            raise _EndedError("env_error", f"reset() returns a list of Message; got {_short(messages)}")
+        self.first_messages = tuple(messages)
+        try:
+            tools = self.env.tools()
+        except Exception as error:
+            raise _EndedError("env_error", f"tools() raised {told(error)}") from error
+        prompt = self.chat.start(messages, tools)
+        room = self.settings.max_sequence_tokens - len(prompt.token_ids)
+        if room <= 0:  # not the policy's doing: it has not said a word
+            raise _EndedError(
+                "env_error",
+                f"the first prompt has {len(prompt.token_ids)} tokens and leaves no room for a reply in "
+                f"max_sequence_tokens = {self.settings.max_sequence_tokens}; raise it, or drop such tasks",
+            )
+        return tools, prompt
+
+    async def _generate(self, prompt: Prompt) -> GenerateResult:
+        room = self.settings.max_sequence_tokens - len(prompt.token_ids)
+        if room <= 0:
+            raise _EndedError("truncated")
+        self.record.feed(prompt)
+        turn = len(self.turns)
+        request = GenerateRequest(
+            request_id=f"{self.attempt.name}/{turn}",
+            session_id=self.attempt.name,
+            token_ids=prompt.token_ids,
+            sampling=self.settings.sampling,
+            max_new_tokens=min(self.settings.max_new_tokens, room),
+            stop_token_ids=self.chat.stop_token_ids,
+            seed=self.attempt.draw_seed(turn),
+            return_routes=self.settings.return_routes,
+        )
+        begin = time.perf_counter()
+        try:
+            result = await self.engine.generate(request)
+        except EngineError as error:
+            raise _EndedError("engine_error", f"{error}") from error
+        self._record(result, time.perf_counter() - begin)
+        if result.finish_reason in ("abort", "error"):
+            raise _EndedError("engine_error", result.error or f"the engine ended with {result.finish_reason!r}")
+        return result
+
+    def _record(self, result: GenerateResult, generate_s: float) -> None:
+        """Keep what was drawn, and a turn for it (which gets its observation when there is one)."""
+        segment, span = self.record.place
+        self.record.draw(result)
+        reply = self._parse(result)
+        self.turns.append(
+            Turn(
+                reply=reply.messages,
+                reply_text=reply.text,
+                finish_reason=result.finish_reason,
+                segment=segment,
+                span=span,
+                malformed=reply.malformed,
+                generate_s=generate_s,
+            )
+        )
+
+    def _parse(self, result: GenerateResult) -> Reply:
+        reply = self.chat.parse(result.token_ids)
+        if result.finish_reason == "length" and reply.malformed is None:
+            return replace(reply, malformed=f"cut off after {len(result.token_ids)} tokens")
+        return reply
+
+    async def _answer(self) -> tuple[Reply, Step]:
+        """Let the environment answer the last turn, and book what the answer says."""
+        turn = self.turns[-1]
+        reply = Reply(turn.reply, turn.reply_text, turn.malformed)
+        begin = time.perf_counter()
+        try:
+            step = _checked(await _ask("step", self.env.step, reply, timeout_s=self.settings.step_timeout_s))
+        finally:
+            self.turns[-1] = replace(turn, env_s=time.perf_counter() - begin)
+        self.turns[-1] = replace(self.turns[-1], observation=tuple(step.messages))
+        self.reward += float(step.reward)
+        self.reward_parts.update(step.reward_parts)
+        self.metrics.update(step.metrics)
+        if step.success is not None:
+            self.success = bool(step.success)
+        return reply, step
+
+    def trajectory(self) -> Trajectory:
+        return Trajectory(
+            task=self.attempt.task,
+            group_id=self.attempt.group_id,
+            attempt=self.attempt.attempt,
+            prompt=self.first_messages,
+            turns=tuple(self.turns),
+            segments=self.record.segments(),
+            status=self.status,
+            reward=self.reward,
+            reward_parts=dict(self.reward_parts),
+            success=self.success,
+            error=self.error,
+            metrics=dict(self.metrics),
+        )
+
+
+async def _ask(what: str, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Any:
+    """Call the environment; its faults end the episode with a status of their own."""
+    try:
+        return await call_with_timeout(function, *arguments, timeout_s=timeout_s)
+    except CallTimeoutError as error:
+        raise _EndedError("env_timeout", f"{what}(): {error}") from error
+    except HangingCallsError:
+        raise
+    except Exception as error:
+        raise _EndedError("env_error", f"{what}() raised {told(error)}") from error
+
+
+def _checked(step: Any) -> Step:
+    """The environment's answer if it is one; a reward that is not a finite number is the environment's fault."""
+    if not isinstance(step, Step):
+        _refuse(f"step() returns a Step; got {_short(step)}")
+    if not all(isinstance(message, Message) for message in step.messages):
+        _refuse(f"step() returns messages of type Message; got {_short(step.messages)}")
+    numbers = {"reward": step.reward, **step.reward_parts, **step.metrics}
+    for name, value in numbers.items():
+        if not _is_finite(value):
+            _refuse(f"step() returns finite numbers; got {name} = {_short(value)}")
+    return step
+
+
+def _refuse(text: str) -> NoReturn:
+    raise _EndedError("env_error", text)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line, with the place in the user's code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({PurePath(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 200 else text[:200] + '...'}"

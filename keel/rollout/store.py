@@ -1,0 +1,176 @@
+"""Records of a step on disk: `trajectories/000137.jsonl` (to read) and `steps/000137.safetensors` (every token stream).
+
+A file is there whole or not at all: it is written beside its name, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import safe_open
+
+from keel.types import Message, Routes, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
+
+SCHEMA_VERSION = 1
+
+
+class RecordError(ValueError):
+    """A record cannot be read: broken, or of another schema version."""
+
+
+def write_step_record(path: Path, streams: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+    """Write a step's streams, e.g. `input_ids [T] int64`, as safetensors.
+
+    `header` holds JSON values: sampling settings, config hash, random states, ...; the schema version is added.
+    """
+    metadata = {name: json.dumps(value) for name, value in header.items()}
+    metadata["schema_version"] = json.dumps(SCHEMA_VERSION)
+    arrays = {name: np.ascontiguousarray(stream) for name, stream in streams.items()}
+    write_atomically(path, safetensors.numpy.save(arrays, metadata=metadata))
+
+
+def read_step_record(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The streams and the header (`schema_version` included). Raises RecordError."""
+    try:
+        with safe_open(path, framework="np") as file:
+            header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            streams = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path} is not a step record: {error}") from error
+    _check_version(header, path)
+    return streams, header
+
+
+def write_trajectories(path: Path, trajectories: Iterable[Trajectory], *, with_tokens: bool = False) -> None:
+    """Write trajectories, one JSON object a line."""
+    lines = [json.dumps(trajectory_to_json(t, with_tokens=with_tokens), ensure_ascii=False) for t in trajectories]
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def read_trajectories(path: Path) -> list[Trajectory]:
+    """The trajectories of a file; without segments if they were written without tokens. Raises RecordError."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            found.append(trajectory_from_json(json.loads(line)))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RecordError(f"{path}, line {number} is not a trajectory: {error!r}") from error
+    return found
+
+
+def trajectory_to_json(trajectory: Trajectory, *, with_tokens: bool = False) -> dict[str, Any]:
+    """JSON values of a trajectory; `with_tokens` adds its segments (the step record has them anyway)."""
+    value: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "task": {"id": trajectory.task.id, "data": dict(trajectory.task.data)},
+        "group_id": trajectory.group_id,
+        "attempt": trajectory.attempt,
+        "status": trajectory.status,
+        "reward": trajectory.reward,
+        "reward_parts": dict(trajectory.reward_parts),
+        "success": trajectory.success,
+        "error": trajectory.error,
+        "metrics": dict(trajectory.metrics),
+        "num_tokens": trajectory.num_tokens,
+        "num_policy_tokens": trajectory.num_policy_tokens,
+        "prompt": [_message_to_json(message) for message in trajectory.prompt],
+        "turns": [_turn_to_json(turn) for turn in trajectory.turns],
+    }
+    if with_tokens:
+        value["segments"] = [[_span_to_json(span) for span in segment] for segment in trajectory.segments]
+    return value
+
+
+def trajectory_from_json(value: Mapping[str, Any]) -> Trajectory:
+    """The trajectory that `trajectory_to_json` wrote; segments are empty if they were left out. Raises RecordError."""
+    _check_version(value, "trajectory")
+    return Trajectory(
+        task=Task(value["task"]["id"], value["task"]["data"]),
+        group_id=value["group_id"],
+        attempt=value["attempt"],
+        prompt=tuple(Message(**message) for message in value["prompt"]),
+        turns=tuple(_turn_from_json(turn) for turn in value["turns"]),
+        segments=tuple(Segment(tuple(map(_span_from_json, spans))) for spans in value.get("segments", ())),
+        status=value["status"],
+        reward=value["reward"],
+        reward_parts=value["reward_parts"],
+        success=value["success"],
+        error=value["error"],
+        metrics=value["metrics"],
+    )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old one, the new one or none, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
+
+
+def _check_version(value: Mapping[str, Any], what: object) -> None:
+    if value.get("schema_version") != SCHEMA_VERSION:
+        raise RecordError(f"{what}: schema version {value.get('schema_version')}; this Keel reads {SCHEMA_VERSION}")
+
+
+def _message_to_json(message: Message) -> dict[str, str]:
+    names = ("role", "content", "channel", "recipient", "name", "content_type")
+    return {name: value for name in names if (value := getattr(message, name)) is not None}
+
+
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
+    return {
+        "reply": [_message_to_json(message) for message in turn.reply],
+        "reply_text": turn.reply_text,
+        "finish_reason": turn.finish_reason,
+        "malformed": turn.malformed,
+        "observation": [_message_to_json(message) for message in turn.observation],
+        "segment": turn.segment,
+        "span": turn.span,
+        "generate_s": turn.generate_s,
+        "env_s": turn.env_s,
+    }
+
+
+def _turn_from_json(value: Mapping[str, Any]) -> Turn:
+    messages = {name: tuple(Message(**message) for message in value[name]) for name in ("reply", "observation")}
+    return Turn(**{**value, **messages})
+
+
+def _span_to_json(span: TokenSpan) -> dict[str, Any]:
+    value: dict[str, Any] = {"origin": span.origin, "token_ids": list(span.token_ids)}
+    if span.logprobs is not None and span.sampling is not None:
+        sampling = {name: getattr(span.sampling, name) for name in ("temperature", "top_p", "top_k")}
+        value |= {"logprobs": list(span.logprobs), "policy_version": span.policy_version, "sampling": sampling}
+    routes = span.routed_experts
+    if routes is not None:
+        little_endian = np.frombuffer(routes.data, dtype=np.uint16).astype("<u2").tobytes()
+        value["routes"] = {"shape": list(routes.shape), "base64": base64.b64encode(little_endian).decode()}
+    return value
+
+
+def _span_from_json(value: Mapping[str, Any]) -> TokenSpan:
+    routes = None
+    if "routes" in value:
+        data = np.frombuffer(base64.b64decode(value["routes"]["base64"]), dtype="<u2").astype(np.uint16).tobytes()
+        routes = Routes(data, *value["routes"]["shape"])
+    if value["origin"] != "policy":
+        return TokenSpan(tuple(value["token_ids"]), value["origin"], routed_experts=routes)
+    sampling = SamplingSettings(**value["sampling"])
+    logprobs = tuple(value["logprobs"])
+    return TokenSpan(tuple(value["token_ids"]), "policy", logprobs, value["policy_version"], sampling, routes)

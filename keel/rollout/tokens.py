@@ -1,0 +1,129 @@
+"""The token half of an episode while it grows: what the engine saw and drew, span by span, with its routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from keel.chat.base import Prompt
+from keel.engines.base import GenerateResult
+from keel.types import Origin, Routes, SamplingSettings, Segment, TokenSpan
+
+
+class TokenRecordError(RuntimeError):
+    """Chat or engine broke token in, token out: a fault of the program, never of the environment or the policy."""
+
+
+class TokenRecord:
+    """Segments that grow: `feed` a prompt, `draw` a result, and so on; `segments()` at the end.
+
+    Routes arrive late: the last token drawn in one turn is first fed in the next. Each position keeps the first routes
+    it was given, the ones behind the log-probs drawn after it; a later prefill of the same tokens may route otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._done: list[Segment] = []
+        self._open: _OpenSegment | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens of the open segment: what the engine has seen."""
+        return () if self._open is None else tuple(self._open.token_ids)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the next span will stand: index of its segment, and its own index in it."""
+        return len(self._done), 0 if self._open is None else len(self._open.cuts)
+
+    def feed(self, prompt: Prompt) -> None:
+        """Record a prompt: its tail is new context, or all of it if it starts a new segment.
+
+        Raises TokenRecordError if it claims to extend what the engine saw, and does not.
+        """
+        if not prompt.extends or self._open is None:
+            self._close()
+            self._open = _OpenSegment()
+        seen = self._open.token_ids
+        if list(prompt.token_ids[: len(seen)]) != seen:
+            raise TokenRecordError(
+                "the chat says its prompt extends the tokens so far, but it does not begin with them; a chat that "
+                "renders earlier turns anew must return extends=False"
+            )
+        self._open.append(prompt.token_ids[len(seen) :], "context")
+
+    def draw(self, result: GenerateResult) -> None:
+        """Record what the engine drew after the last prompt. Raises TokenRecordError if its routes do not fit."""
+        if self._open is None:
+            raise TokenRecordError("tokens were drawn before any prompt was fed")
+        for span in result.spans:
+            self._open.append(span.token_ids, "policy", span.logprobs, span.policy_version, result.sampling)
+        if result.routed_experts is not None:
+            self._open.add_routes(result.routes_start, result.routed_experts)
+
+    def demonstrate(self, token_ids: Sequence[int]) -> None:
+        """Record tokens that a demonstration puts in the policy's place."""
+        if self._open is None:
+            raise TokenRecordError("tokens were demonstrated before any prompt was fed")
+        self._open.append(token_ids, "demonstration")
+
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments; the record is closed by this."""
+        self._close()
+        return tuple(self._done)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._done.append(self._open.close())
+            self._open = None
+
+
+class _OpenSegment:
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.cuts: list[TokenSpan] = []  # spans so far, without routes
+        self._routes: Routes | None = None  # shape of a row; its data grows in `_rows`
+        self._rows: list[bytes | None] = []
+
+    def append(
+        self,
+        token_ids: Sequence[int],
+        origin: Origin,
+        logprobs: tuple[float, ...] | None = None,
+        policy_version: int | None = None,
+        sampling: SamplingSettings | None = None,
+    ) -> None:
+        if not token_ids:
+            return
+        self.token_ids.extend(token_ids)
+        self.cuts.append(TokenSpan(tuple(token_ids), origin, logprobs, policy_version, sampling))
+
+    def add_routes(self, start: int, routes: Routes) -> None:
+        if start < 0 or start + routes.num_tokens > len(self.token_ids):
+            raise TokenRecordError(
+                f"the engine gave routes for positions {start} to {start + routes.num_tokens - 1} of a sequence of "
+                f"{len(self.token_ids)} tokens"
+            )
+        if self._routes is None:
+            self._routes = routes
+        elif (routes.num_layers, routes.top_k) != (self._routes.num_layers, self._routes.top_k):
+            raise TokenRecordError(f"the engine gave routes of shape {routes.shape} after {self._routes.shape}")
+        self._rows.extend([None] * (start + routes.num_tokens - len(self._rows)))
+        size = routes.row_bytes
+        for row in range(routes.num_tokens):
+            if self._rows[start + row] is None:
+                self._rows[start + row] = routes.data[row * size : (row + 1) * size]
+
+    def close(self) -> Segment:
+        if self._routes is None:
+            return Segment(tuple(self.cuts))
+        layers, top_k = self._routes.num_layers, self._routes.top_k
+        missing = Routes.missing(1, layers, top_k).data
+        rows = [missing if row is None else row for row in self._rows]
+        rows.extend([missing] * (len(self.token_ids) - len(rows)))
+        spans = []
+        start = 0
+        for cut in self.cuts:
+            data = b"".join(rows[start : start + len(cut)])
+            routes = Routes(data, len(cut), layers, top_k)
+            spans.append(TokenSpan(cut.token_ids, cut.origin, cut.logprobs, cut.policy_version, cut.sampling, routes))
+            start += len(cut)
+        return Segment(tuple(spans))
