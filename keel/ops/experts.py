@@ -15,7 +15,7 @@ token's k results are summed by position, forward and backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -140,7 +140,7 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> Segments:
 
 def sum_of_rows(table: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """`out[t] = sum over j of weights[t, j] * table[rows[t, j]]`, added in the order of j."""
-    return cast("torch.Tensor", functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights))
+    return functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
 
 
 def _right_factor(weight: torch.Tensor, layout: ExpertsLayout, *, interleaved: bool) -> torch.Tensor:
@@ -152,7 +152,7 @@ def _right_factor(weight: torch.Tensor, layout: ExpertsLayout, *, interleaved: b
     if not interleaved:
         return factor
     num_in, num_out = factor.shape
-    return factor.unflatten(1, (num_out // 2, 2)).transpose(1, 2).reshape(num_in, num_out)
+    return factor.reshape(num_in, num_out // 2, 2).transpose(1, 2).reshape(num_in, num_out)
 
 
 def _store_factor_grad(
