@@ -55,7 +55,7 @@ def attend_cache(
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     if k_cache.shape != (batch, kv_heads, capacity, size) or v_cache.shape != k_cache.shape or heads % kv_heads:
         raise ValueError(
-            f"attend_cache needs q [B, n, H, D] and caches [B, K, capacity, D], H a multiple of K; got q {list(q.shape)}, "
+            f"attend_cache needs q [B, n, H, D], caches [B, K, capacity, D], H a multiple of K; got q {list(q.shape)}, "
             f"k_cache {list(k_cache.shape)}, v_cache {list(v_cache.shape)}"
         )
     if q.device.type != "cpu":

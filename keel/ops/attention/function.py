@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class PlainForward(Protocol):
-    """Attention without sinks: (q, k, v, layout, scale) -> (out [T, H, D], lse [T, H], (0, -inf) where nothing is seen)."""
+    """Attention without sinks: (q, k, v, layout, scale) -> (out [T, H, D], lse [T, H]); nothing seen is (0, -inf)."""
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
@@ -72,7 +72,7 @@ class AttentionBackendError(RuntimeError):
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name`, or with "auto" the one of this device. Raises AttentionBackendError if there is none."""
+    """The backend called `name`, or with "auto" this device's. Raises AttentionBackendError if there is none."""
     if name == "auto":
         for backend in BACKENDS.values():
             if backend.device_type == device.type:
@@ -163,7 +163,7 @@ def layout_attention(
     if backend == REFERENCE:
         return dense_attention(q, k, v, sinks, layout, scale)[0].to(q.dtype)
     chosen = choose_backend(backend, q.device)
-    out: torch.Tensor = _SinkAttention.apply(q, k, v, sinks, layout, scale, chosen)
+    out: torch.Tensor = _SinkAttention.apply(q, k, v, sinks, layout, scale, chosen)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -16,7 +16,7 @@ def dense_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [T, H, D], k and v [T', K, D], sinks [H] -> (out [T, H, D], lse [T, H]), both float64.
 
-    Only the spans and the window of `layout` are read. Rows without a visible key are (0, s), or (0, -inf) without sinks.
+    Only the spans and the window of `layout` are read. A row that sees no key is (0, s), or (0, -inf) without sinks.
     """
     num_heads = q.shape[1]
     sink = torch.full((num_heads,), float("-inf"), dtype=torch.float64, device=q.device)
