@@ -122,7 +122,7 @@ def _candidates(directory: Path) -> Iterator[tuple[int, Path]]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: Any = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"checkpoint {path}: no {MANIFEST}, so it does not exist or was never finished; take an older checkpoint"
@@ -131,14 +131,14 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: {MANIFEST} is damaged ({error}); take an older checkpoint"
         ) from error
-    whole = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and "step" in manifest
-    if not whole or manifest.get("schema_version") != SCHEMA_VERSION:
-        found = manifest.get("schema_version") if isinstance(manifest, dict) else manifest
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if found != SCHEMA_VERSION or not {"step", "files"} <= manifest.keys():
         raise CheckpointError(
             f"checkpoint {path}: schema_version {found!r}, this program reads {SCHEMA_VERSION}; "
             "take another checkpoint, or the version of Keel that wrote this one"
         )
-    return manifest
+    whole: dict[str, Any] = manifest
+    return whole
 
 
 def _files(directory: Path) -> list[Path]:

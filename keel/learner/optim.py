@@ -137,7 +137,7 @@ class MasterAdamW:
         self.num_steps = num_steps
         for name, master in self.masters.items():
             self._adamw.state[master] = {
-                "step": torch.tensor(float(num_steps), dtype=torch.float32),
+                "step": torch.tensor(float(num_steps), dtype=torch.float32, device=master.device),
                 **{kind: moments[kind][name].to(master.device, copy=True) for kind in MOMENTS},
             }
 

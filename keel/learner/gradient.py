@@ -1,0 +1,143 @@
+"""A stage's objective: which streams it needs, and the gradient of one micro-batch's share of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from keel import plugins
+from keel.algo import kl
+from keel.algo.apply import correction_inputs
+from keel.algo.correction import is_token_local
+from keel.algo.losses import LossInputs
+from keel.algo.reduce import masked_sum, reduce_loss
+from keel.batch import MicroBatch
+from keel.config import AlgoConfig
+from keel.learner.mismatch import add_mismatch, mismatch_metrics
+from keel.learner.stats import Stats, ratio_deviation
+from keel.models.policy import PolicyModel, TokenOutputs
+
+
+class Objective:
+    """`algo`, with its plug-ins resolved."""
+
+    def __init__(self, algo: AlgoConfig) -> None:
+        """Raises PluginError for a plug-in that does not exist or options it does not take."""
+        self.algo = algo
+        self._loss: Callable[..., Any] = plugins.resolve(algo.loss.id, "keel.algo.losses")
+        self._correction: Callable[..., Any] = plugins.resolve(algo.correction.id, "keel.algo.correction")
+        plugins.check_options(self._loss, algo.loss.options, f"loss {algo.loss.id!r}")
+        plugins.check_options(self._correction, algo.correction.options, f"correction {algo.correction.id!r}")
+        self._kl: Callable[..., torch.Tensor] = getattr(kl, algo.kl.estimator)
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """With one update and a token-local correction, the detached log-probs are the old ones."""
+        return self.algo.updates_per_batch > 1 or not is_token_local(self._correction)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.algo.kl.coefficient > 0
+
+    def backward(
+        self,
+        policy: PolicyModel,
+        micro_batch: MicroBatch,
+        denominator: float,
+        stats: Stats,
+        *,
+        scale: float,
+        recompute: bool,
+    ) -> None:
+        """Add the micro-batch's gradient to the parameters' and its sums to `stats`.
+
+        The loss is over the whole update's `denominator`; the gradient is that of `scale` times it, because averaging
+        over ranks divides by their number. With `recompute` an independent pass without gradient is compared.
+        """
+        with_routes = micro_batch.routed_experts is not None
+        outputs: TokenOutputs = policy(
+            micro_batch,
+            with_routes=with_routes,
+            with_margins=with_routes,
+            entropy_grad=self.algo.entropy_coefficient > 0,
+        )
+        detached = outputs.logprobs.detach()
+        old = self._old(micro_batch, detached)
+        loss = self._reduced(micro_batch, outputs, old, denominator, stats)
+        (loss * scale).backward()
+        mask = micro_batch.loss_mask
+        stats.add_total("loss", loss)
+        if outputs.entropy is not None:
+            stats.add("entropy", outputs.entropy, mask)
+        stats.peak("ratio_max_dev", ratio_deviation(detached, old), mask)
+        add_mismatch(stats, micro_batch, old, outputs.routes, outputs.route_margins)
+        if recompute:
+            with torch.no_grad():
+                again = policy(micro_batch, with_entropy=False).logprobs
+            stats.peak("recompute_max_dev", ratio_deviation(detached, again), mask)
+
+    def _old(self, micro_batch: MicroBatch, detached: torch.Tensor) -> torch.Tensor:
+        if micro_batch.old_logprobs is not None:
+            return micro_batch.old_logprobs
+        if self.needs_old_logprobs:
+            raise ValueError(
+                "several updates per batch, or this correction, need old_logprobs: call score on the batch"
+            )
+        return detached
+
+    def _reduced(
+        self, micro_batch: MicroBatch, outputs: TokenOutputs, old: torch.Tensor, denominator: float, stats: Stats
+    ) -> torch.Tensor:
+        """The micro-batch's share of the loss, a float64 scalar; importance weights are on the policy's part only."""
+        mask = micro_batch.loss_mask
+        inputs = LossInputs(outputs.logprobs, old, mask, micro_batch.advantages)
+        per_token, metrics = self._loss(inputs, **self.algo.loss.options)
+        loss = reduce_loss(per_token, mask, denominator, self._weights(micro_batch, old, stats))
+        for name, values in metrics.items():
+            stats.add(f"loss/{name}", values, mask)
+        if self.needs_reference:
+            if micro_batch.ref_logprobs is None:
+                raise ValueError("algo.kl.coefficient > 0 needs ref_logprobs: call score on the batch")
+            per_token_kl = self._kl(outputs.logprobs, micro_batch.ref_logprobs)
+            stats.add("kl", per_token_kl, mask)
+            loss = loss + self.algo.kl.coefficient * reduce_loss(per_token_kl, mask, denominator)
+        if self.algo.entropy_coefficient > 0:
+            assert outputs.entropy is not None
+            loss = loss - self.algo.entropy_coefficient * reduce_loss(outputs.entropy, mask, denominator)
+        return loss
+
+    def _weights(self, micro_batch: MicroBatch, old: torch.Tensor, stats: Stats) -> torch.Tensor | None:
+        """Importance weights: the batch's own, or, if it was not scored, made here token by token."""
+        if micro_batch.old_logprobs is not None:
+            return micro_batch.importance_weights
+        result = self._correction(correction_inputs(micro_batch, old), **self.algo.correction.options)
+        for name, values in result.metrics.items():
+            stats.add_total(f"correction/{name}", masked_sum(values, micro_batch.loss_mask))
+        weights: torch.Tensor | None = result.weights
+        return weights
+
+
+def update_metrics(
+    sums: dict[str, float], maxima: dict[str, float], denominator: float, *, recompute: bool
+) -> dict[str, float]:
+    """Metrics of an update from its sums and maxima; of an empty one, zeros."""
+    tokens = max(denominator, 1.0)
+    metrics = {
+        "policy/loss": sums.get("loss", 0.0),
+        "policy/entropy": sums.get("entropy", 0.0) / tokens,
+        "policy/clip_fraction": 0.0,
+        "policy/ratio_max_dev": maxima.get("ratio_max_dev", 0.0),
+        "policy/loss_tokens": denominator,
+    }
+    if recompute:
+        metrics["policy/recompute_max_dev"] = maxima.get("recompute_max_dev", 0.0)
+    if "kl" in sums:
+        metrics["policy/kl"] = sums["kl"] / tokens
+    for name, total in sums.items():
+        if name.startswith("loss/"):
+            metrics[f"policy/{name.removeprefix('loss/')}"] = total / tokens
+        elif name.startswith("correction/"):
+            metrics[name] = total / tokens
+    return {**metrics, **mismatch_metrics(sums, maxima)}

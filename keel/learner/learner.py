@@ -1,0 +1,281 @@
+"""One process that learns: score, gradient, step. With several ranks, each runs this on its share of the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from keel.batch import MicroBatch, PackedBatch
+from keel.config import LearnerConfig, ModelConfig, Stage
+from keel.dist.ranks import Ranks
+from keel.dist.shard import shard_policy
+from keel.learner import state
+from keel.learner.base import LearnerError, Update
+from keel.learner.gradient import Objective, update_metrics
+from keel.learner.optim import MasterAdamW, learning_rate
+from keel.learner.stats import Stats
+from keel.models.policy import PolicyModel
+from keel.sync.base import WeightSource
+from keel.sync.transports import write_weights
+from keel.types import Verdict
+
+
+class Learner:
+    """A policy and its optimizer.
+
+        learner.enter(stage)
+        batch = learner.score(batch)
+        update = learner.backward(batch)
+        stats = learner.apply(update, verdict)
+
+    `policy` is public so that an engine in the same process can sample from the very same parameters.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Load the policy of `model` onto `device`. `seed` seeds torch's global generator."""
+        torch.manual_seed(seed)
+        self.config = model
+        self.recompute_every = learner.recompute_every
+        self.device = torch.device(device)
+        self.ranks = Ranks() if ranks is None else ranks
+        self.policy = PolicyModel.load(
+            model.path,
+            dtype=model.dtype,
+            attention=model.attention,
+            experts=model.experts,
+            gradient_checkpointing=model.gradient_checkpointing,
+            head_chunk_tokens=model.head_chunk_tokens,
+            trust_remote_code=model.trust_remote_code,
+            device=self.device,
+        )
+        if self.ranks.mesh is not None:
+            shard_policy(self.policy, _layers(self.policy), self.ranks.mesh)
+        # Taken once: while a sharded module runs, its attributes are gathered copies.
+        self._parameters = dict(self.policy.model.named_parameters())
+        self.optimizer = MasterAdamW(self._parameters, self.ranks)
+        self.step = 0
+        self.version = 0
+        self.num_skipped = 0
+        self.stage: Stage | None = None
+        self.reference: dict[str, torch.Tensor] | None = None  # local parts, in the parameters' own types
+        self._objective: Objective | None = None
+        self._serial = 0
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The policy's parameters by their names in `policy.model`; tied ones once."""
+        return self._parameters
+
+    def enter(self, stage: Stage) -> None:
+        """Begin `stage`: fresh moments, fresh schedule, and, with a KL penalty, the present weights as the reference.
+
+        Entering the stage one is in (after a resume) keeps all three and takes over changed options.
+        """
+        same = self.stage is not None and (self.stage.name, self.stage.first_step) == (stage.name, stage.first_step)
+        self._objective = Objective(stage.algo)
+        self.stage = stage
+        if same:
+            self.optimizer.configure(stage.optim)
+        else:
+            self.optimizer.reset(stage.optim)
+            self.reference = None
+        if not self._objective.needs_reference:
+            self.reference = None
+        elif self.reference is None:
+            if same and self.step > stage.first_step:
+                raise LearnerError(
+                    f"stage {stage.name!r} was begun without a reference, and at step {self.step} its first weights "
+                    "are gone; set algo.kl.coefficient = 0, or start the run anew"
+                )
+            self.reference = {name: self._local(p).clone() for name, p in self.parameters().items()}
+
+    def score(self, batch: PackedBatch) -> PackedBatch:
+        """Fill `old_logprobs` and `ref_logprobs`, each only if the stage's algorithm needs it.
+
+        With several ranks only this rank's micro-batches are filled. Raises LearnerError before `enter`.
+        """
+        objective = self._entered()
+        if objective.needs_old_logprobs:
+            batch = self._scored(batch, "old_logprobs")
+        if objective.needs_reference:
+            with self._reference_weights():
+                batch = self._scored(batch, "ref_logprobs")
+        return batch
+
+    def backward(self, batch: PackedBatch, update_index: int = 0) -> Update:
+        """The gradient of update `update_index`, kept here until `apply`; what is returned describes it.
+
+        Raises LearnerError before `enter`, ValueError if the batch lacks a stream the algorithm needs, IndexError for
+        an update the batch does not have.
+        """
+        objective = self._entered()
+        micro_batches = batch.update(update_index)
+        denominator = batch.denominators[update_index]
+        self._serial += 1
+        self.optimizer.zero()
+        stats = Stats()
+        checked = self.recompute_every > 0 and self.step % self.recompute_every == 0
+        if denominator > 0:
+            for micro_batch in self._share(micro_batches):
+                objective.backward(
+                    self.policy, micro_batch, denominator, stats, scale=self.ranks.world_size, recompute=checked
+                )
+                self.optimizer.accumulate()
+        grad_norm = self.optimizer.finish() if denominator > 0 else 0.0
+        metrics = update_metrics(*stats.collect(self.ranks), denominator, recompute=checked)
+        staleness = self._staleness(micro_batches)
+        return Update(
+            serial=self._serial,
+            index=update_index,
+            last=update_index == batch.num_updates - 1,
+            loss=metrics["policy/loss"],
+            grad_norm=grad_norm,
+            finite=math.isfinite(grad_norm) and math.isfinite(metrics["policy/loss"]),
+            num_loss_tokens=int(denominator),
+            metrics={**batch.metrics, **metrics, "policy/grad_norm": grad_norm, "policy/staleness": staleness},
+        )
+
+    def apply(self, update: Update, verdict: Verdict) -> dict[str, float]:
+        """Take the optimizer step of `update`, unless `verdict` or a non-finite gradient says not to.
+
+        A step not taken leaves weights and moments as they are, to the bit. Returns `policy/lr`, `policy/clip_factor`
+        (what the gradient was multiplied with), `policy/skipped` (0 or 1) and `policy/num_skipped` (of the run).
+        Raises LearnerError if `update` is not the one `backward` returned last.
+        """
+        self._entered()
+        assert self.stage is not None
+        if update.serial != self._serial:
+            raise LearnerError(
+                f"apply: got update {update.serial}, the gradient here is of update {self._serial}; apply each update "
+                "once, right after its backward"
+            )
+        lr = learning_rate(self.stage.optim, self.step - self.stage.first_step, self.stage.num_steps)
+        factor = min(1.0, self.stage.optim.max_grad_norm / (update.grad_norm + 1e-6)) if update.finite else 0.0
+        skipped = not (verdict.goes and update.finite)
+        if not skipped and update.num_loss_tokens > 0:
+            self.optimizer.step(lr, factor)
+            self.version += 1
+        self.optimizer.zero()
+        self._serial += 1  # this gradient is used up
+        self.num_skipped += skipped
+        self.step += update.last
+        return {
+            "policy/lr": lr,
+            "policy/clip_factor": factor,
+            "policy/skipped": float(skipped),
+            "policy/num_skipped": float(self.num_skipped),
+        }
+
+    def weights_to(self, source: WeightSource) -> None:
+        """Leave the current weights at `source`; "shared" needs nothing. Every rank must call it."""
+        if source.kind == "shared":
+            return
+        weights = self._whole_weights()
+        if self.ranks.first:
+            write_weights(source.location, weights, version=self.version)
+        self.ranks.barrier()
+
+    def export(self, path: str | Path) -> None:
+        """Write the policy as an ordinary Hugging Face directory, tokenizer included."""
+        state.export(self, Path(path))
+
+    def save(self, path: str | Path, extra: Mapping[str, Any]) -> None:
+        """Write a checkpoint, `extra` (JSON values) in it; see `keel.learner.checkpoint`."""
+        state.save(self, Path(path), extra)
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Continue from a checkpoint of any number of ranks, bit for bit; returns the `extra` it was saved with.
+
+        Raises CheckpointError, before anything is changed, if it is damaged or of another model.
+        """
+        return state.load(self, Path(path))
+
+    def resume_stage(self, stage: Stage | None) -> None:
+        """Be in `stage` without beginning it: moments and reference are set by who calls."""
+        self.stage = stage
+        self._objective = None if stage is None else Objective(stage.algo)
+
+    def close(self) -> None:
+        """Nothing to release in one process."""
+
+    def _entered(self) -> Objective:
+        if self._objective is None:
+            raise LearnerError("the learner is in no stage: call enter(stage) first")
+        return self._objective
+
+    def _local(self, parameter: torch.Tensor) -> torch.Tensor:
+        return self.ranks.local(parameter.detach())
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        return {name: self.ranks.gather(self._local(p), p.detach()) for name, p in self.parameters().items()}
+
+    def _share(self, micro_batches: tuple[MicroBatch, ...]) -> Iterator[MicroBatch]:
+        """This rank's micro-batches; where it has none left, one without loss, so that all ranks run in step."""
+        for index in self.ranks.deal(len(micro_batches)):
+            yield (_idle(micro_batches) if index is None else micro_batches[index]).to(self.device)
+
+    def _scored(self, batch: PackedBatch, stream: str) -> PackedBatch:
+        scored = list(batch.micro_batches)
+        for update in range(batch.num_updates):
+            # Dealt update by update, as training deals them.
+            start = batch.update_bounds[update]
+            own = batch.update(update)
+            for index, micro_batch in zip(self.ranks.deal(len(own)), self._share(own), strict=True):
+                with torch.no_grad():
+                    logprobs = self.policy(micro_batch, with_entropy=False).logprobs
+                if index is not None:
+                    target = scored[start + index]
+                    scored[start + index] = replace(target, **{stream: logprobs.to(target.input_ids.device)})
+        return batch.with_micro_batches(scored)
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """In this context the policy has the reference's weights; afterwards its own again, to the bit."""
+        assert self.reference is not None
+        pairs = [(self._local(p), self.reference[name]) for name, p in self.parameters().items()]
+        own = [local.clone() for local, _ in pairs]
+        with torch.no_grad():
+            torch._foreach_copy_([local for local, _ in pairs], [reference for _, reference in pairs])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([local for local, _ in pairs], own)
+
+    def _staleness(self, micro_batches: tuple[MicroBatch, ...]) -> float:
+        """Versions that the oldest token learned from is behind (0 if nothing was drawn)."""
+        oldest = self.version
+        for micro_batch in micro_batches:
+            drawn = micro_batch.policy_version[micro_batch.loss_mask & (micro_batch.policy_version >= 0)]
+            if drawn.numel():
+                oldest = min(oldest, int(drawn.min()))
+        return float(self.version - oldest)
+
+
+def _layers(policy: PolicyModel) -> Iterable[nn.Module]:
+    layers = getattr(policy.model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise LearnerError(
+            f"{policy.info.model_type}: its layers were not found, so it cannot be sharded; use ranks = 1"
+        )
+    return layers
+
+
+def _idle(micro_batches: tuple[MicroBatch, ...]) -> MicroBatch:
+    """The smallest micro-batch, with nothing in it to learn."""
+    smallest = min(micro_batches, key=lambda micro_batch: micro_batch.num_tokens)
+    return replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
