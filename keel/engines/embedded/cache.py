@@ -1,0 +1,166 @@
+"""Keys and values of a fixed number of sequences, and how a pass writes and reads them.
+
+One tensor per layer, `[slots + 2, K, cap, D]`. The last two rows are not sequences: `score_slot` holds what is being
+scored, `scratch_slot` receives the keys and values of dummy rows (and of the unused end of a chunk), so that a pass
+always has the same shape and nothing that is kept is touched.
+
+Masked positions are multiplied by a probability of exactly zero, so whatever lies there must be finite: slots start
+as zeros and `wipe` clears one that held something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from keel.ops.attention.decode import attend_cache, visible_mask
+
+
+@dataclass
+class SlotCache:
+    """Storage for `num_slots` sequences of up to `capacity` tokens. `routes` is there for a mixture of experts."""
+
+    num_slots: int
+    capacity: int
+    keys: list[torch.Tensor]  # per layer [slots + 2, K, cap, D]
+    values: list[torch.Tensor]  # per layer [slots + 2, K, cap, D]
+    routes: torch.Tensor | None  # [slots + 2, cap, moe layers, k] int16: unsigned 16 bit, which torch cannot index
+
+    @classmethod
+    def allocate(
+        cls,
+        num_slots: int,
+        capacity: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        route_shape: tuple[int, int] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> SlotCache:
+        shape = (num_slots + 2, num_kv_heads, capacity, head_dim)
+        keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        routes = None
+        if route_shape is not None:
+            routes = torch.zeros((num_slots + 2, capacity, *route_shape), dtype=torch.int16, device=device)
+        return cls(num_slots, capacity, keys, values, routes)
+
+    @property
+    def score_slot(self) -> int:
+        return self.num_slots
+
+    @property
+    def scratch_slot(self) -> int:
+        return self.num_slots + 1
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [*self.keys, *self.values, *([] if self.routes is None else [self.routes])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def write_rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where the keys of a pass's rows go: `[T * K]` indices into a layer seen as `[(slots + 2) * K * cap, D]`."""
+        num_heads = self.keys[0].shape[1]
+        heads = torch.arange(num_heads, device=slots.device)
+        return ((slots[:, None] * num_heads + heads) * self.capacity + positions[:, None]).reshape(-1)
+
+    def store_routes(self, slots: torch.Tensor, positions: torch.Tensor, routes: torch.Tensor) -> None:
+        """Keep the expert choices `routes [T, moe layers, k]` of a pass's rows."""
+        if self.routes is not None:
+            flat = self.routes.view(-1, *self.routes.shape[2:])
+            flat.index_copy_(0, slots * self.capacity + positions, routes.to(torch.int16))
+
+    def read_routes(self, slot: int, start: int, stop: int) -> bytes:
+        """Expert choices of positions `start` to `stop - 1`, unsigned 16 bit, row-major, native byte order."""
+        if self.routes is None:
+            return b""
+        return self.routes[slot, start:stop].cpu().numpy().tobytes()
+
+    def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give every slot of `targets` the first `length` positions of slot `source`: keys, values and routes."""
+        rows = torch.tensor(list(targets), device=self.keys[0].device)
+        for layer in (*self.keys, *self.values):
+            layer[rows, :, :length] = layer[source, :, :length]
+        if self.routes is not None:
+            self.routes[rows, :length] = self.routes[source, :length]
+
+    def wipe(self, slot: int) -> None:
+        """Zero a slot (and the scratch slot) that may hold something that is not finite."""
+        for layer in (*self.keys, *self.values):
+            layer[slot].zero_()
+            layer[self.scratch_slot].zero_()
+
+
+class CacheView:
+    """What a pass hands the model as `keel_cache`: every layer's attention comes here.
+
+    A decode pass has `[slots]` batch elements of one row, row b being the next token of slot b. A prefill pass has as many
+    batch elements as chunks, `n` consecutive positions of one sequence each. Either way a batch element covers the
+    whole capacity, and unused rows are computed and thrown away: its shape depends on nothing that is running beside it.
+    """
+
+    def __init__(
+        self, cache: SlotCache, positions: torch.Tensor, write_rows: torch.Tensor, chunk_slots: torch.Tensor | None
+    ) -> None:
+        """`positions [B, n]` int64; `write_rows [B * n * K]`; `chunk_slots [B]`, or None: element b is slot b."""
+        self.cache = cache
+        self.positions = positions
+        self.write_rows = write_rows
+        self.chunk_slots = chunk_slots
+        self._masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        sinks: torch.Tensor | None = None,
+        window: int | None = None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """`query [1, H, T, D]`, `key` and `value [1, K, T, D]` with T = B * n -> `[1, T, H, D]`.
+
+        All rows' keys and values are written before any row attends, so a chunk may follow another of its sequence.
+        """
+        keys, values = self._write(layer_idx, key[0], value[0])
+        batch, rows = self.positions.shape
+        if self.chunk_slots is None:
+            keys, values = keys[:batch], values[:batch]
+        else:
+            keys, values = keys.index_select(0, self.chunk_slots), values.index_select(0, self.chunk_slots)
+        queries = query[0].transpose(0, 1).unflatten(0, (batch, rows))  # [B, n, H, D]
+        group = query.shape[1] // key.shape[1]
+        out = attend_cache(
+            queries,
+            keys,
+            values,
+            positions=self.positions,
+            sinks=sinks,
+            scale=scaling,
+            window=window,
+            mask=self._mask(window, group, query.dtype),
+        )
+        return out.flatten(0, 1).unsqueeze(0)
+
+    def _write(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put `key` and `value [K, T, D]` where `write_rows` says."""
+        keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
+        head_dim = keys.shape[-1]
+        keys.view(-1, head_dim).index_copy_(0, self.write_rows, key.transpose(0, 1).reshape(-1, head_dim))
+        values.view(-1, head_dim).index_copy_(0, self.write_rows, value.transpose(0, 1).reshape(-1, head_dim))
+        return keys, values
+
+    def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """One mask per kind of layer and pass."""
+        if window not in self._masks:
+            capacity = self.cache.capacity
+            self._masks[window] = visible_mask(
+                self.positions, capacity=capacity, window=window, group=group, dtype=dtype
+            )
+        return self._masks[window]

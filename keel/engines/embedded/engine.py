@@ -1,0 +1,392 @@
+"""The engine's face: requests in, results out, one driver that runs passes while there is work.
+
+Everything happens on the caller's event loop. The driver gives the loop a turn after every pass, so that environments and
+tools go on; whatever arrives in a turn is admitted together before the next pass. The driver is a task that lives only
+while there is work, so the engine may be used from one event loop after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from keel.engines.base import (
+    EngineCapabilities,
+    EngineError,
+    EngineHealth,
+    GenerateRequest,
+    GenerateResult,
+    ScoreResult,
+    WeightSource,
+)
+from keel.engines.embedded.cache import SlotCache
+from keel.engines.embedded.checks import problem_with, refusal
+from keel.engines.embedded.passes import Passes, evaluation_mode, whole_rows
+from keel.engines.embedded.sampling import draw, logprobs_of, seed_state, uniforms
+from keel.engines.embedded.scheduler import Scheduler
+from keel.engines.embedded.slots import Job, SlotTable
+from keel.sync.transports import read_weights
+from keel.types import FinishReason, Routes
+
+if TYPE_CHECKING:
+    from keel.config import EngineConfig
+    from keel.models.policy import PolicyModel
+
+SHORT_CHUNK, LONG_CHUNK = 8, 32
+LONG_CAPACITY = 512
+"""Prefill chunks are `SHORT_CHUNK` rows up to this capacity (little padding), `LONG_CHUNK` beyond (fewer cache reads)."""
+
+
+class EmbeddedEngine:
+    """Samples from `policy`'s own modules with a key-value cache of its own; implements `keel.engines.base.Engine`.
+
+    A request's tokens, log-probs and routes are the same to the bit whatever runs beside it, in whatever slot, in
+    whatever order requests arrive and however long tools take, as long as slots, prefill tile and thread count
+    stay the same. `shares_weights` says that `policy` is the learner's own module: then new weights are there already and
+    `load_weights` only takes note. Otherwise they are read from a file into its parameters, in place.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        config: EngineConfig,
+        *,
+        max_sequence_tokens: int,
+        version: int = 0,
+        shares_weights: bool = True,
+    ) -> None:
+        """`max_sequence_tokens` (unless the config has its own) is the capacity of a slot, prompt and reply together.
+
+        Raises EngineError if the model has fewer positions than that.
+        """
+        info = policy.info
+        self.capacity = config.max_sequence_tokens or max_sequence_tokens
+        if info.max_positions and self.capacity > info.max_positions:
+            raise EngineError(
+                f"engine: {self.capacity} tokens per sequence, but the model has {info.max_positions} positions; "
+                "lower engine.max_sequence_tokens or rollout.max_sequence_tokens"
+            )
+        self.policy = policy
+        self.num_slots = config.slots
+        self.shares_weights = shares_weights
+        parameter = next(policy.parameters())
+        rows = whole_rows(config.slots)
+        chunk = SHORT_CHUNK if self.capacity <= LONG_CAPACITY else LONG_CHUNK
+        tile_rows = whole_rows(config.prefill_tile)
+        self._dense = info.num_moe_layers == 0
+        with_routes = config.return_routes and not self._dense
+        self._cache = SlotCache.allocate(
+            rows,
+            self.capacity,
+            num_layers=info.num_layers,
+            num_kv_heads=info.num_kv_heads,
+            head_dim=info.head_dim,
+            route_shape=(info.num_moe_layers, info.top_k) if with_routes else None,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+        self._table = SlotTable(rows, self.capacity)
+        self._passes = Passes(policy, self._cache, self._table, tile_rows, chunk)
+        self._scheduler = Scheduler(self._table, config.slots, chunk, tile_rows // chunk)
+        self._scheduler.version = version
+        self._driver: asyncio.Task[None] | None = None
+        self._scoring: list[asyncio.Future[None]] = []
+        self._paused = False
+        self._failure: str | None = None
+        self._closed = False
+        self.num_drawn = 0
+
+    # ---- the protocol
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Continue a sequence; see `GenerateRequest`. Raises EngineError if the engine failed or is closed."""
+        self._check_alive()
+        problem = problem_with(
+            request,
+            max_sequence_tokens=self.capacity,
+            vocab_size=self.policy.info.vocab_size,
+            can_route=self._dense or self._cache.routes is not None,
+        )
+        if problem is None and request.session_id and self._scheduler.find(request.session_id) is not None:
+            problem = f"session {request.session_id!r} is still busy with another request; await that first"
+        if problem is not None:
+            return refusal(request, problem)
+        job = Job(request, asyncio.get_running_loop().create_future(), seed_state(request.seed))
+        self._scheduler.submit(job)
+        self._wake()
+        try:
+            result: GenerateResult = await job.future
+        except asyncio.CancelledError:
+            self._abandon(job)
+            raise
+        return result
+
+    async def score(self, token_ids: tuple[int, ...]) -> ScoreResult:
+        """Log-probs of a given sequence at temperature 1, and its routes. Raises EngineError if it cannot be fed.
+
+        One sequence at a time; restarted if weights change on the way.
+        """
+        self._check_alive()
+        top = self.policy.info.vocab_size
+        if not 1 <= len(token_ids) <= self.capacity or min(token_ids) < 0 or max(token_ids) >= top:
+            raise EngineError(
+                f"score: {len(token_ids)} tokens; it takes 1 to {self.capacity}, each below {top}. "
+                "Raise engine.max_sequence_tokens or score a shorter sequence"
+            )
+        place = await self._take_score_slot()
+        try:
+            return await self._score(np.asarray(token_ids, dtype=np.int64))
+        finally:
+            self._leave_score_slot(place)
+
+    async def end_session(self, session_id: str) -> None:
+        """Free what the session holds; a request of it that is still running ends with "abort"."""
+        job = self._scheduler.find(session_id)
+        if job is not None:
+            self._settle(job, "abort")
+            self._abandon(job)
+        self._scheduler.end_session(session_id)
+        if self._scheduler.num_waiting():
+            self._wake()
+
+    async def load_weights(self, source: WeightSource, version: int) -> None:
+        """Sample from new weights, as policy version `version`, from the next pass on.
+
+        Keys and values of the old ones count no more: sessions feed their tokens again when they continue, requests
+        under way at once. Raises EngineError for a kind of source this engine does not take, SyncError for weights that
+        do not fit (nothing has changed then).
+        """
+        self._check_alive()
+        if source.kind not in self.capabilities().weight_sources:
+            raise EngineError(
+                f"load_weights: this engine takes {self.capabilities().weight_sources}, got {source.kind!r} "
+                f"({'it shares' if self.shares_weights else 'it does not share'} the learner's storage)"
+            )
+        if source.kind == "file":
+            read_weights(source.location, dict(self.policy.model.named_parameters()))
+        for job in self._scheduler.jobs():
+            self._keep_routes(job)
+            if job.slot >= 0:
+                self._cache.wipe(job.slot)
+        self._scheduler.invalidate(version)
+
+    async def pause(self) -> None:
+        """No pass runs until `resume`; requests are taken and wait."""
+        self._paused = True
+
+    async def resume(self) -> None:
+        self._paused = False
+        self._wake()
+
+    def capabilities(self) -> EngineCapabilities:
+        return EngineCapabilities(
+            name="embedded",
+            max_sequence_tokens=self.capacity,
+            max_concurrency=self.num_slots,
+            returns_routes=self._cache.routes is not None,
+            keeps_prefix=True,
+            shares_weights=self.shares_weights,
+            weight_sources=("shared",) if self.shares_weights else ("file",),
+            deterministic=True,
+        )
+
+    async def health(self) -> EngineHealth:
+        scheduler = self._scheduler
+        detail = self._failure or ("closed" if self._closed else "paused" if self._paused else "")
+        ok = self._failure is None and not self._closed
+        return EngineHealth(ok, scheduler.version, scheduler.num_running(), scheduler.num_waiting(), detail)
+
+    async def close(self) -> None:
+        """Abort what runs and refuse what comes."""
+        self._closed = True
+        self._fail_all(EngineError("the engine was closed"))
+        driver, self._driver = self._driver, None
+        if driver is not None and not driver.done() and driver.get_loop() is asyncio.get_running_loop():
+            driver.cancel()
+            await asyncio.gather(driver, return_exceptions=True)
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start: passes of each kind, tokens drawn, prompt tokens copied instead of fed."""
+        passes = self._passes.num_passes
+        return {
+            "decode_passes": passes["decode"],
+            "prefill_passes": passes["prefill"],
+            "drawn_tokens": self.num_drawn,
+            "shared_tokens": self._scheduler.num_shared,
+            "cache_bytes": self._cache.num_bytes,
+        }
+
+    # ---- the driver
+
+    def _wake(self) -> None:
+        if not self._paused and (self._driver is None or self._driver.done()):
+            self._driver = asyncio.get_running_loop().create_task(self._drive())
+
+    async def _drive(self) -> None:
+        with evaluation_mode(self.policy):
+            while not self._paused and self._iterate():
+                await asyncio.sleep(0)
+
+    def _iterate(self) -> bool:
+        """Admit, prefill, decode, draw once; False if there was nothing to do. A failure fails every request."""
+        try:
+            return self._iterate_once()
+        except Exception as error:  # whatever torch raises: nobody may wait for ever
+            self._failure = f"{type(error).__name__}: {error}"
+            self._fail_all(EngineError(f"the engine failed: {self._failure}"), cause=error)
+            return False
+
+    def _iterate_once(self) -> bool:
+        scheduler = self._scheduler
+        scheduler.admit()
+        prefilled = self._prefill()
+        active = scheduler.decoding()
+        hidden = None
+        if active.any():
+            hidden = self._passes.decode(active)
+            scheduler.decode_done(active)
+        if hidden is None and not prefilled:
+            return False
+        self._draw(hidden, prefilled)
+        return True
+
+    def _prefill(self) -> list[tuple[list[int], torch.Tensor]]:
+        """Run the prefill passes that are due: (slots whose prompt is complete, their hidden states) of each."""
+        scheduler, done = self._scheduler, []
+        while True:
+            for copy in scheduler.take_copies():
+                self._cache.copy_prefix(copy.source, copy.targets, copy.length)
+            chunks = scheduler.next_tile()
+            if not chunks:
+                return done
+            hidden = self._passes.prefill(chunks)
+            last = [index for index, chunk in enumerate(chunks) if chunk.last]
+            done.append((scheduler.tile_done(chunks), hidden[last]))
+
+    def _draw(self, hidden: torch.Tensor | None, prefilled: list[tuple[list[int], torch.Tensor]]) -> None:
+        """Draw a token for every slot that is ready; finish what is over."""
+        table, scheduler = self._table, self._scheduler
+        if hidden is None:
+            hidden = prefilled[0][1].new_zeros(table.rows, prefilled[0][1].shape[1])
+        for slots, states in prefilled:
+            hidden[slots] = states
+        ready = scheduler.ready()
+        if not ready.any():
+            return
+        uniform = uniforms(table.seed_state, table.known)
+        draws = draw(self._passes.logits(hidden), table.temperature, table.top_k, table.top_p, uniform)
+        self.num_drawn += int(ready.sum())
+        for ended in scheduler.take_draws(ready, draws):
+            self._settle(ended.job, ended.reason)
+            if ended.reason == "error":
+                self._abandon(ended.job)
+            else:
+                scheduler.finish(ended.job)
+
+    # ---- results
+
+    def _settle(self, job: Job, reason: FinishReason) -> None:
+        """Give the job's future its result: what was drawn, why it ended, the routes of what was fed."""
+        if job.future.done():
+            return
+        place = len(job.request.token_ids)
+        spans = self._table.drawn_spans(job) if job.slot >= 0 else ()
+        drawn = sum(len(span.token_ids) for span in spans)
+        error = None
+        if reason == "error":
+            error = f"logits were not finite at position {place + drawn} (policy version {self._scheduler.version})"
+        result = GenerateResult(
+            request_id=job.request.request_id,
+            spans=spans,
+            finish_reason=reason,
+            sampling=job.request.sampling,
+            num_cached_tokens=job.num_cached,
+            routes_start=job.num_cached,
+            routed_experts=self._routes_of(job),
+            error=error,
+        )
+        job.future.set_result(result)
+
+    def _routes_of(self, job: Job) -> Routes | None:
+        if not job.request.return_routes or self._cache.routes is None or job.slot < 0:
+            return None
+        start = job.num_cached + job.num_old_routes
+        stop = max(start, int(self._table.fed[job.slot]))
+        return self._as_routes(job.old_routes + self._cache.read_routes(job.slot, start, stop), stop - job.num_cached)
+
+    def _as_routes(self, data: bytes, num_tokens: int) -> Routes:
+        return Routes(data, num_tokens, self.policy.info.num_moe_layers, self.policy.info.top_k)
+
+    def _keep_routes(self, job: Job) -> None:
+        """Put aside the routes with which tokens were drawn, before the tokens are fed again under new weights."""
+        if job.slot < 0 or not job.request.return_routes or self._cache.routes is None:
+            return
+        start, fed = job.num_cached + job.num_old_routes, int(self._table.fed[job.slot])
+        if int(self._table.known[job.slot]) > job.num_prompt and fed > start:
+            job.old_routes += self._cache.read_routes(job.slot, start, fed)
+            job.num_old_routes += fed - start
+
+    # ---- scoring
+
+    async def _score(self, token_ids: np.ndarray) -> ScoreResult:
+        scheduler, tile = self._scheduler, self._passes.tile_rows
+        epoch, parts, start = scheduler.epoch, [], 0
+        while start < len(token_ids):
+            stop = min(start + tile, len(token_ids))
+            with evaluation_mode(self.policy):
+                hidden = self._passes.score_tile(token_ids[start:stop], start)
+                labels = torch.from_numpy(token_ids[start + 1 : stop + 1]).to(hidden.device)
+                parts.append(logprobs_of(self._passes.logits(hidden)[: len(labels)], labels))
+            start = stop
+            await asyncio.sleep(0)
+            if scheduler.epoch != epoch:
+                epoch, parts, start = scheduler.epoch, [], 0
+        self._check_alive()
+        routes = None
+        if self._cache.routes is not None:
+            data = self._cache.read_routes(self._cache.score_slot, 0, len(token_ids))
+            routes = self._as_routes(data, len(token_ids))
+        return ScoreResult(tuple(np.concatenate(parts).tolist()), routes, scheduler.version)
+
+    async def _take_score_slot(self) -> asyncio.Future[None]:
+        """Wait until nobody scores. (asyncio.Lock would tie the engine to one event loop.)"""
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._scoring.append(mine)
+        if self._scoring[0] is not mine:
+            try:
+                await mine
+            except asyncio.CancelledError:
+                self._leave_score_slot(mine)
+                raise
+        return mine
+
+    def _leave_score_slot(self, mine: asyncio.Future[None]) -> None:
+        was_first = self._scoring[0] is mine
+        self._scoring.remove(mine)
+        if was_first and self._scoring:
+            self._scoring[0].set_result(None)
+
+    # ---- failure
+
+    def _abandon(self, job: Job) -> None:
+        """Forget a job and what it held. Its cache was not (or wrongly) proved finite by a draw, so it is wiped."""
+        if job.slot >= 0 and self._table.jobs[job.slot] is job:
+            self._scheduler.forget(job.slot)
+            self._cache.wipe(job.slot)
+        self._scheduler.drop(job)
+
+    def _check_alive(self) -> None:
+        if self._closed:
+            raise EngineError("the engine was closed")
+        if self._failure is not None:
+            raise EngineError(f"the engine failed earlier: {self._failure}")
+
+    def _fail_all(self, error: EngineError, cause: BaseException | None = None) -> None:
+        error.__cause__ = cause
+        for job in self._scheduler.jobs():
+            self._scheduler.drop(job)
+            if not job.future.done():
+                job.future.set_exception(error)
