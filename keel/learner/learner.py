@@ -209,6 +209,10 @@ class Learner:
         self.stage = stage
         self._objective = None if stage is None else Objective(stage.algo)
 
+    def current_stage(self) -> Stage | None:
+        """`stage`, as a call."""
+        return self.stage
+
     def close(self) -> None:
         """Nothing to release in one process."""
 
