@@ -38,8 +38,17 @@ class Plugin(BaseModel):
         return dict(self.model_extra or {})
 
 
+class TinyConfig(Section):
+    preset: Literal["", "gpt_oss", "qwen3", "qwen3_moe"] = Field(
+        "", description="build a small random model of this shape instead of reading model.path; empty: none"
+    )
+    vocab_size: int = Field(700, ge=300, description="tokens of its vocabulary, learned from the demonstrations")
+    options: dict[str, Any] = Field(default_factory=dict, description="fields of its transformers configuration")
+
+
 class ModelConfig(Section):
     path: str = Field("", description="Hugging Face directory or hub id of the starting weights")
+    tiny: TinyConfig = Field(default_factory=TinyConfig, description="a small model made for this run")
     dtype: Dtype = Field("float32", description="type of the forward pass; master weights are always float32")
     attention: str = Field("keel", description="attention implementation of the learner; 'keel' keeps sinks exact")
     experts: str = Field("keel", description="experts implementation; 'keel', or one of transformers' own names")
@@ -200,7 +209,7 @@ class TrainConfig(Section):
         supervised = AlgoConfig(loss=Plugin(id="cross_entropy"))
         planned = (
             Stage("warm_start", 0, self.warm_start.steps, supervised, self.warm_start.optim),
-            Stage("reinforce", self.warm_start.steps, self.steps, self.algo, self.optim),
+            Stage("reinforcement", self.warm_start.steps, self.steps, self.algo, self.optim),
         )
         return tuple(stage for stage in planned if stage.num_steps > 0)
 
@@ -212,7 +221,7 @@ class Stage:
     A mode is a value: supervised learning is another loss, reinforcement the same learner.
     """
 
-    name: Literal["warm_start", "reinforce"]
+    name: Literal["warm_start", "reinforcement"]
     first_step: int
     num_steps: int
     algo: AlgoConfig

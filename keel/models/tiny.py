@@ -135,12 +135,13 @@ _NORM = re.compile(r"norm\.weight$")
 
 
 def build_tiny_tokenizer(
-    texts: Iterable[str], vocab_size: int = 400, *, style: Literal["harmony", "chatml"] = "harmony"
+    texts: Iterable[str], vocab_size: int = 400, *, style: Literal["harmony", "chatml"] = "harmony", across_words: bool = False
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts`, every digit its own token, special tokens last.
 
     `style` "harmony" has GPT-OSS's special tokens under their own names; "chatml" has `<|im_start|>`, `<|im_end|>`
-    and a chat template. Any text can be encoded: the 256 bytes are always there. The vocabulary can end up smaller
+    and a chat template. `across_words` lets a token span several words, so that texts which always return cost next to
+    nothing. Any text can be encoded: the 256 bytes are always there. The vocabulary can end up smaller
     than `vocab_size` if `texts` repeat too little to merge. Raises ValueError if `vocab_size` has no room for bytes
     and special tokens.
     """
@@ -155,7 +156,7 @@ def build_tiny_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\d"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()

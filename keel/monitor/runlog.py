@@ -60,6 +60,7 @@ class RunLog:
         self._stage = ""
         self._stage_began = 0.0
         self._last_step: dict[str, int] = {}
+        self._num_steps: dict[str, int] = {}
         self._num_rows = 0
         self._evaluations: dict[str, dict[str, float]] = {}
         self._closed = False
@@ -124,16 +125,17 @@ class RunLog:
             self._stage, self._stage_began = outer, time.monotonic() if outer else outer_began
 
     def log_step(self, step: int, metrics: Metrics, *, stage: str = "reinforcement") -> None:
-        """Append the row of `step` (counted from 0 in its stage). Raises RunDirectoryError for a step logged before."""
+        """Append the row of `step`, which only grows within a stage. Raises RunDirectoryError for one logged before."""
         last = self._last_step.get(stage, -1)
         if step <= last:
             raise RunDirectoryError(
                 f"{self.paths.metrics}: {stage} step {step} after step {last}; a row is never doubled"
             )
         self._last_step[stage] = step
+        self._num_steps[stage] = self._num_steps.get(stage, 0) + 1
         self._append({"kind": "step", "stage": stage, "step": step}, metrics)
         self._set_status("running")
-        self._display.step(stage, step, metrics)
+        self._display.step(stage, self._num_steps[stage] - 1, metrics)
         for tracker in self._trackers:
             tracker.log(
                 step, {f"{stage}/{name}" if stage != "reinforcement" else name: metrics[name] for name in metrics}
@@ -148,6 +150,11 @@ class RunLog:
         for tracker in self._trackers:
             tracker.log(step, prefixed)
 
+    @property
+    def evaluations(self) -> Mapping[str, Mapping[str, float]]:
+        """Metrics of the evaluations logged so far, by name; after `restore`, of those before the checkpoint."""
+        return self._evaluations
+
     def note(self, text: str) -> None:
         """Show a line; text of a model or a task is shown as it is, never as markup."""
         self._display.note(text)
@@ -159,17 +166,23 @@ class RunLog:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the log (JSON values): what `restore` cuts back to."""
         self._book_seconds()
-        return {"num_rows": self._num_rows, "seconds": dict(self._seconds), "last_step": dict(self._last_step)}
+        return {
+            "num_rows": self._num_rows,
+            "seconds": dict(self._seconds),
+            "last_step": dict(self._last_step),
+            "num_steps": dict(self._num_steps),
+        }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Cut rows, records and trajectories back to a checkpoint's `state()`; None: to the very beginning."""
-        state = state or {"num_rows": 0, "seconds": {}, "last_step": {}}
+        state = state or {"num_rows": 0, "seconds": {}, "last_step": {}, "num_steps": {}}
         truncate_rows(self.paths.metrics, state["num_rows"])
         directory.drop_records_from(self.paths, state["last_step"].get("reinforcement", -1) + 1)
         self.paths.summary.unlink(missing_ok=True)
         self._num_rows = state["num_rows"]
         self._seconds = dict(state["seconds"])
         self._last_step = dict(state["last_step"])
+        self._num_steps = dict(state["num_steps"])
         self._evaluations = {}
         for row in read_rows(self.paths.metrics):
             if row["kind"] == "eval":
@@ -183,7 +196,7 @@ class RunLog:
             run_dir=str(self.paths.root),
             state=state,
             reason=reason,
-            steps=self._last_step.get("reinforcement", -1) + 1,
+            steps=self._num_steps.get("reinforcement", 0),
             eval=dict(self._evaluations),
             seconds={name: round(seconds, 3) for name, seconds in self._seconds.items()},
         )
@@ -222,7 +235,7 @@ class RunLog:
             "state": state,
             "reason": reason,
             "stage": self._stage,
-            "steps_done": {stage: step + 1 for stage, step in self._last_step.items()},
+            "steps_done": dict(self._num_steps),
             "steps": self.config.steps,
             "heartbeat_unix_s": time.time(),
             "pid": os.getpid(),

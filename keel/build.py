@@ -1,0 +1,182 @@
+"""From a config to the parts of a run: who learns, who samples, where groups come from, who judges.
+
+One process or many is decided here and nowhere else: the loop sees the same methods either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from keel import plugins
+from keel.chat.base import Chat
+from keel.chat.factory import make_chat
+from keel.chat.tokenizer import load_tokenizer
+from keel.config import EngineConfig, ModelConfig, TrainConfig
+from keel.engines.base import Engine
+from keel.envs.base import Env
+from keel.envs.load import EnvFactory, env_factory
+from keel.learner.base import LearnerLike
+from keel.learner.checkpoint import latest_checkpoint, prune
+from keel.learner.learner import Learner
+from keel.monitor.rules import Monitor
+from keel.rollout.collector import Collector
+from keel.rollout.demonstrate import DemonstrationSource
+from keel.rollout.loop_thread import LoopThread
+from keel.sync.publish import publish
+from keel.tiny_start import build_tiny_start
+from keel.types import Group
+
+if TYPE_CHECKING:
+    from keel.monitor.runlog import RunLog
+
+EnvSource = Callable[[], Env]
+"""Makes one more environment; a class, or a function without arguments."""
+
+
+class GroupSource(Protocol):
+    """Where a stage's groups come from; its state is part of a checkpoint."""
+
+    def next_groups(self, step: int) -> list[Group]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parts of a run. `sources` are by stage; all state that a checkpoint must hold is reached from here."""
+
+    learner: LearnerLike
+    engine: Engine
+    collector: Collector
+    sources: Mapping[str, GroupSource]
+    monitor: Monitor
+    loop: LoopThread
+
+    def publish(self) -> None:
+        """Give the engine the learner's weights under the learner's version."""
+        publish(self.learner, self.engine, self.learner.version, run=self.loop.run)
+
+    def save(self, run: RunLog, keep: int) -> None:
+        """A checkpoint of everything after `learner.step` steps; older ones beyond `keep` go."""
+        extra = {
+            "run": run.state(),
+            "monitor": self.monitor.state(),
+            "sources": {name: source.state() for name, source in self.sources.items()},
+        }
+        self.learner.save(run.paths.checkpoint(f"{self.learner.step:06d}"), extra)
+        prune(run.paths.checkpoints, keep)
+
+    def restore(self, run: RunLog) -> None:
+        """Continue from the newest whole checkpoint, or from the beginning if there is none yet."""
+        path = latest_checkpoint(run.paths.checkpoints)
+        if path is None:
+            run.restore(None)
+            return
+        extra = self.learner.load(path)
+        run.restore(extra["run"])
+        self.monitor.restore(extra["monitor"])
+        for name, source in self.sources.items():
+            source.restore(extra["sources"][name])
+
+
+@contextmanager
+def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[Parts]:
+    """The parts of `config`, closed again in the end whatever happens. `env` stands in for the config's `[env]`."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    factory = env if env is not None else env_factory(config.env)
+    model = starting_model(config, factory, run.paths.root)
+    chat = make_chat(config.chat, load_tokenizer(model.path))
+    run.note_environment(threads=torch.get_num_threads(), device="cpu")
+    with ExitStack() as stack:
+        learner = make_learner(config, model)
+        stack.callback(learner.close)
+        loop = LoopThread()
+        stack.callback(loop.close)
+        engine = make_engine(config, model, learner)
+        stack.callback(lambda: loop.run(engine.close()))
+        collector = Collector(
+            engine, factory, chat, config.rollout, config.env, seed=config.seed, num_steps=config.steps, loop=loop
+        )
+        stack.callback(collector.close)
+        sources = make_sources(config, factory, chat, collector)
+        yield Parts(learner, engine, collector, sources, Monitor(config.monitor.max_skips), loop)
+
+
+def starting_model(config: TrainConfig, factory: EnvFactory, root: Path) -> ModelConfig:
+    """The `[model]` section with a `path` that can be loaded; a tiny model is built below the run directory, once."""
+    if not config.model.tiny.preset:
+        return config.model
+    path = root / "model"
+    if not path.exists():
+        unfinished = root / "model.tmp"
+        build_tiny_start(config, factory, unfinished)
+        os.replace(unfinished, path)
+    return config.model.model_copy(update={"path": str(path)})
+
+
+def make_learner(config: TrainConfig, model: ModelConfig) -> LearnerLike:
+    """One process, or a group of ranks behind the same methods."""
+    if config.learner.ranks == 1:
+        return Learner(model, config.learner, seed=config.seed)
+    from keel.learner.group import LearnerGroup
+
+    return LearnerGroup(model, config.learner, seed=config.seed)
+
+
+def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike) -> Engine:
+    """The engine of `config`. An embedded one in a single process samples from the learner's own modules."""
+    from keel.engines.embedded.engine import EmbeddedEngine
+    from keel.models.policy import PolicyModel
+
+    engine: EngineConfig = config.engine
+    limit = config.rollout.max_sequence_tokens
+    if engine.id != "embedded":
+        made: Engine = plugins.resolve(engine.id, "keel.engines")(model, engine, max_sequence_tokens=limit)
+        return made
+    if engine.process == "separate":
+        from keel.engines.process import EngineProcess
+
+        return EngineProcess(model, engine, max_sequence_tokens=limit, num_threads=config.num_threads)
+    if isinstance(learner, Learner):
+        return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=learner.version)
+    policy = PolicyModel.load(
+        model.path,
+        dtype=model.dtype,
+        attention=model.attention,
+        experts=model.experts,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=learner.version, shares_weights=False)
+
+
+def make_sources(
+    config: TrainConfig, factory: EnvFactory, chat: Chat, collector: Collector
+) -> dict[str, GroupSource]:
+    """Where each stage's groups come from."""
+    makers: dict[str, Callable[[], GroupSource]] = {
+        "warm_start": functools.partial(_demonstrations, config, factory, chat),
+        "reinforcement": lambda: collector,
+    }
+    return {stage.name: makers[stage.name]() for stage in config.stages()}
+
+
+def _demonstrations(config: TrainConfig, factory: EnvFactory, chat: Chat) -> GroupSource:
+    named = config.warm_start.demonstrations
+    return DemonstrationSource(
+        factory,
+        chat,
+        per_step=config.warm_start.demonstrations_per_step,
+        seed=config.seed,
+        demonstrations=plugins.resolve(named, "keel.envs") if named else None,
+    )

@@ -1,0 +1,55 @@
+"""Evaluation on held-out tasks: one attempt at each, with the same draws every time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from keel.monitor.wilson import wilson_interval
+
+if TYPE_CHECKING:
+    from keel.build import EnvSource
+    from keel.config import EvalConfig, TrainConfig
+    from keel.rollout.collector import Collector
+
+
+class EvaluationError(ValueError):
+    """The evaluation asked for cannot be had; says what, got and how to fix."""
+
+
+def evaluate(collector: Collector, config: EvalConfig) -> dict[str, float]:
+    """Metrics over the first `config.num_tasks` held-out tasks.
+
+    `success` with its 95 % Wilson interval (`success_low`, `success_high`) if the environment says what a success is,
+    `reward`, `num_tasks` (those that the world did not spoil), `failed`, `tokens` and `turns` per episode. Raises
+    EvaluationError if the environment has fewer held-out tasks than that.
+    """
+    held_out = collector.tasks("eval")
+    if len(held_out) < config.num_tasks:
+        raise EvaluationError(
+            f"eval.num_tasks is {config.num_tasks}, but the environment holds out {len(held_out)} tasks: "
+            "lower it, or let the environment make more"
+        )
+    tasks = [held_out[index] for index in range(config.num_tasks)]
+    trajectories = collector.collect_eval(tasks, temperature=config.temperature, seed=config.seed)
+    kept = [trajectory for trajectory in trajectories if not trajectory.failed]
+    judged = [trajectory.success for trajectory in kept if trajectory.success is not None]
+    metrics = {
+        "num_tasks": float(len(kept)),
+        "failed": float(len(trajectories) - len(kept)),
+        "reward": sum(trajectory.reward for trajectory in kept) / len(kept),
+        "tokens": sum(trajectory.num_policy_tokens for trajectory in kept) / len(kept),
+        "turns": sum(len(trajectory.turns) for trajectory in kept) / len(kept),
+        "malformed": float(sum(turn.malformed is not None for trajectory in kept for turn in trajectory.turns)),
+    }
+    if judged:
+        low, high = wilson_interval(sum(judged), len(judged))
+        metrics |= {"success": sum(judged) / len(judged), "success_low": low, "success_high": high}
+    return metrics
+
+
+def evaluate_checkpoint(config: TrainConfig, env: EnvSource | None = None) -> dict[str, float]:
+    """Evaluate `config.model.path` on the config's environment, without a run directory."""
+    from keel.build import build_sampler
+
+    with build_sampler(config, env) as collector:
+        return evaluate(collector, config.eval)

@@ -1,0 +1,1 @@
+"""Runs that ship with Keel, as TOML files."""

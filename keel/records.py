@@ -1,0 +1,92 @@
+"""What a step leaves for later reading: every token stream, and the trajectories in words (docs/loop.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from keel.batch import MicroBatch, PackedBatch
+from keel.config import Stage, TrainConfig
+from keel.learner.base import Update
+from keel.rollout.store import write_step_record, write_trajectories
+from keel.types import Group
+
+if TYPE_CHECKING:
+    from keel.monitor.runlog import RunLog
+
+
+def write_records(
+    run: RunLog,
+    config: TrainConfig,
+    stage: Stage,
+    step: int,
+    groups: Sequence[Group],
+    batch: PackedBatch,
+    updates: Sequence[Update],
+) -> None:
+    """Write `steps/<step>.safetensors` and `trajectories/<step>.jsonl` of a reinforcement step, if one is due."""
+    every = config.record.every
+    if stage.name != "reinforcement" or every == 0 or step % every:
+        return
+    name = f"{step:06d}"
+    write_step_record(run.paths.steps / f"{name}.safetensors", step_streams(batch, updates), _header(config, stage, step))
+    write_trajectories(run.paths.trajectories / f"{name}.jsonl", (t for group in groups for t in group.trajectories))
+    if config.record.keep:
+        for directory in (run.paths.steps, run.paths.trajectories):
+            for old in sorted(directory.iterdir())[: -config.record.keep]:
+                old.unlink()
+
+
+def step_streams(batch: PackedBatch, updates: Sequence[Update]) -> dict[str, np.ndarray]:
+    """The batch's streams end to end, `[T]` over all micro-batches, as they were trained.
+
+    `cu_seqlens` and `micro_batch_bounds` count rows of the whole batch, `update_bounds` micro-batches. `logprobs` and
+    `entropy` are the learner's, with the weights before each update; in one-update mode they are `old_logprobs` too.
+    """
+    streams: dict[str, list[torch.Tensor]] = {}
+    starts = [0]
+    cu_seqlens = [torch.zeros(1, dtype=torch.int64)]
+    for micro_batch in batch.micro_batches:
+        for name, stream in _streams(micro_batch).items():
+            streams.setdefault(name, []).append(stream)
+        cu_seqlens.append(micro_batch.cu_seqlens[1:].long() + starts[-1])
+        starts.append(starts[-1] + micro_batch.num_tokens)
+    for update in updates:
+        for name, parts in getattr(update, "streams", {}).items():
+            streams.setdefault(name, []).extend(parts)
+    return {
+        **{name: torch.cat(parts).cpu().numpy() for name, parts in streams.items()},
+        "cu_seqlens": torch.cat(cu_seqlens).numpy(),
+        "micro_batch_bounds": np.asarray(starts, dtype=np.int64),
+        "update_bounds": np.asarray(batch.update_bounds, dtype=np.int64),
+        "rewards": batch.rewards.numpy(),
+        "trajectory_to_group": batch.trajectory_to_group.numpy(),
+    }
+
+
+def _streams(micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """The streams that run over rows or sequences; absent ones are left out."""
+    found = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
+    return {
+        name: value.contiguous()
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and name != "cu_seqlens"
+    }
+
+
+def _header(config: TrainConfig, stage: Stage, step: int) -> dict[str, Any]:
+    rollout = config.rollout
+    return {
+        "step": step,
+        "stage": stage.name,
+        "seed": config.seed,
+        "config_hash": hashlib.blake2b(config.model_dump_json().encode(), digest_size=16).hexdigest(),
+        "sampling": {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
+        # Draws are made of (seed, step, group, attempt, turn); the learner's own generator is the one state there is.
+        "torch_random_state": torch.get_rng_state().numpy().tobytes().hex(),
+    }

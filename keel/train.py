@@ -1,0 +1,147 @@
+"""The loop. It shows the order of things and nothing else: a mode is a value, never a branch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from keel import plugins
+from keel.algo.apply import add_advantages, correct
+from keel.batch import PackedBatch, pack
+from keel.build import EnvSource, Parts, build
+from keel.config import AlgoConfig, Stage, TrainConfig
+from keel.evaluate import evaluate
+from keel.learner.base import Update
+from keel.monitor.runlog import RunLog, RunSummary
+from keel.records import write_records
+from keel.rollout.metrics import rollout_metrics
+from keel.types import Verdict
+
+
+def train(config: TrainConfig, env: EnvSource | None = None) -> RunSummary:
+    """Train as `config` says, in a new run directory; `env` stands in for the config's environment.
+
+    Raises ConfigError, PluginError or RunDirectoryError before anything is written, and what stops a run: RolloutError
+    if every episode of a step failed, LearnerError if a learner's process is gone.
+    """
+    with RunLog.open(config) as run, build(config, env, run) as parts:
+        return run_stages(config, run, parts)
+
+
+def resume(run_dir: str | Path, env: EnvSource | None = None) -> RunSummary:
+    """Continue the run in `run_dir` from its newest whole checkpoint, or from its beginning if there is none."""
+    with RunLog.resume(Path(run_dir)) as run, build(run.config, env, run) as parts:
+        parts.restore(run)
+        return run_stages(run.config, run, parts)
+
+
+def run_stages(config: TrainConfig, run: RunLog, parts: Parts) -> RunSummary:
+    """All steps that are left, of all stages, with the evaluations between them."""
+    parts.publish()
+    measure(config, run, parts, "initial")
+    for stage in config.stages():
+        with run.stage(stage.name, stage.num_steps):
+            for step in range(parts.learner.step - stage.first_step, stage.num_steps):
+                verdict = train_step(config, run, parts, stage, step)
+                close_step(config, run, parts, stage, step + 1, verdict)
+                if verdict.stops:
+                    return run.close("stopped", verdict.reason)
+    return run.close()
+
+
+def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, step: int) -> Verdict:
+    """From groups to new weights in the engine: step number `step` of `stage`."""
+    learner, clock = parts.learner, Clock()
+    learner.enter(stage)
+    groups = parts.sources[stage.name].next_groups(step)
+    clock.lap("rollout")
+
+    batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
+    batch = learner.score(batch)
+    batch = corrected(batch, stage.algo)
+    batch = with_advantages(batch, stage.algo)
+
+    updates, stats = list[Update](), dict[str, float]()
+    for index in range(batch.num_updates):
+        update = learner.backward(batch, index)
+        verdict = parts.monitor.judge(update)
+        stats = learner.apply(update, verdict)
+        updates.append(update)
+    clock.lap("learn")
+
+    parts.publish()
+    clock.lap("publish")
+    write_records(run, config, stage, step, groups, batch, updates)
+    rollout = rollout_metrics(groups, clock.seconds["time/rollout_s"])
+    run.log_step(step, {**rollout, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}, stage=stage.name)
+    return verdict
+
+
+def close_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, done: int, verdict: Verdict) -> None:
+    """What follows `done` steps of `stage`: an evaluation, then a checkpoint that knows of it, each if it is due."""
+    ends = done == stage.num_steps or verdict.stops
+    if stage.name == "reinforcement" and (ends or due(done, config.eval.every)):
+        measure(config, run, parts, "final" if ends else f"step_{done}")
+    elif ends:
+        measure(config, run, parts, f"after_{stage.name}")
+    if ends or due(done, config.checkpoint.every):
+        parts.save(run, config.checkpoint.keep)
+
+
+def measure(config: TrainConfig, run: RunLog, parts: Parts, name: str) -> None:
+    """Evaluate and log under `name`, unless there are no tasks for it or a run that was killed did it before."""
+    if config.eval.num_tasks == 0 or name in run.evaluations:
+        return
+    with run.stage("eval", 1):
+        run.log_eval(name, evaluate(parts.collector, config.eval), step=parts.learner.step)
+
+
+def corrected(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
+    """Importance weights against the engine's log-probs, as `algo.correction` says."""
+    function = plugins.resolve(algo.correction.id, "keel.algo.correction")
+    return correct(batch, function, algo.correction.options)
+
+
+def with_advantages(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
+    """Advantages of what the correction left."""
+    function = plugins.resolve(algo.advantage.id, "keel.algo.advantage")
+    return add_advantages(batch, function, algo.advantage.options)
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `done` of them."""
+    return every > 0 and done % every == 0
+
+
+def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """One row of several updates: means weighted by loss tokens, and the worst where a name says it is a maximum."""
+    tokens = sum(update.num_loss_tokens for update in updates)
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for update in updates for name in update.metrics):
+        values = [(update.metrics[name], update.num_loss_tokens) for update in updates if name in update.metrics]
+        if name.endswith(("_max", "_max_dev")):
+            merged[name] = max(value for value, _ in values)
+        elif len(values) == 1 or tokens == 0:
+            merged[name] = values[-1][0]
+        else:
+            merged[name] = sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+    return merged
+
+
+class Clock:
+    """Wall-clock seconds of a step's phases, under the names of the run directory."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """End `phase`, which began with the last lap."""
+        now = time.perf_counter()
+        self.seconds[f"time/{phase}_s"] = now - self._last
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        """Seconds since the step began."""
+        return {"time/step_s": time.perf_counter() - self._began}
