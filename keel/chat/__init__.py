@@ -1,4 +1,4 @@
-"""Chat: messages to tokens and back, for GPT-OSS's Harmony format and for any tokenizer's own chat template. No torch."""
+"""Messages to tokens and back: GPT-OSS's Harmony format, and any tokenizer's own chat template. No torch."""
 
 from keel.chat.base import Chat, Prompt, Reply
 from keel.chat.factory import make_chat

@@ -27,8 +27,8 @@ def make_chat(config: ChatConfig, tokenizer: Any) -> Chat:
         chosen = "template" if missing else "harmony"
         if chosen == "template" and not adapted.has_template:
             raise ChatFormatError(
-                f"chat.format auto: the tokenizer has neither Harmony's tokens (missing {', '.join(missing)}) nor a chat "
-                "template; use another tokenizer, or set its chat_template"
+                f"chat.format auto: the tokenizer has neither Harmony's tokens (missing {', '.join(missing)}) "
+                "nor a chat template; use another tokenizer, or set its chat_template"
             )
     if chosen == "template":
         return TemplateChat(adapted)

@@ -28,8 +28,8 @@ class HarmonyChat:
     """Messages to Harmony tokens and back.
 
     `reasoning_effort`, `system_date`, `identity` and `knowledge_cutoff` are lines of the system message (empty: left
-    out); `system_message` "none" leaves the whole message out, for a small model that never learned it. A leading system
-    or developer message of a conversation becomes the developer's instructions. A tool called `python` is the built-in
+    out); `system_message` "none" leaves the whole message out, for a small model that never learned it. Leading system
+    and developer messages of a conversation become the developer's instructions. A tool called `python` is the built-in
     one: it is described in the system message and called by its bare name; every other is in namespace `functions`
     unless its name carries its own (`browser.search`).
 
@@ -86,16 +86,16 @@ class HarmonyChat:
     ) -> Prompt:
         """The next prompt.
 
-        After a call, or a reply that broke off, the prompt is `token_ids` plus the tail; a message that broke off (at the
-        length limit, say) is closed first, with `<|end|>`, which counts as context. After an answer (`<|return|>`) a new
-        segment starts: `<|return|>` is never an input, so it becomes `<|end|>`, and analysis before the last final
-        message is dropped, its tool traffic on the analysis channel included.
+        After a call, or a reply that broke off, the prompt is `token_ids` plus the tail; a message that broke off (at
+        the length limit, say) is closed first, with `<|end|>`, which counts as context. After an answer (`<|return|>`)
+        a new segment starts: `<|return|>` is never an input, so it becomes `<|end|>`, and analysis before the last
+        final message is dropped, its tool traffic on the analysis channel included.
         """
         seen = tuple(token_ids)
         tail: list[int] = []
         for message in new:
             if message.role == "assistant":
-                raise ChatFormatError("harmony: only the policy speaks as assistant; got an assistant message to extend by")
+                raise ChatFormatError("harmony: an assistant message to extend by; only the policy speaks as assistant")
             tail += self._renderer.message(self._as_developer(message))
         tail += self._renderer.reply_start
         if seen and seen[-1] == self._tokens.return_:
@@ -111,7 +111,7 @@ class HarmonyChat:
         Raises ChatFormatError for a message that is not the assistant's.
         """
         if message.role != "assistant":
-            raise ChatFormatError(f"harmony: a policy speaks as assistant, got a demonstration with role {message.role!r}")
+            raise ChatFormatError(f"harmony: a demonstration must be the assistant's, got role {message.role!r}")
         drawn = self._renderer.reply(message)
         if message.recipient is not None:
             return (*drawn, self._tokens.call)

@@ -12,7 +12,7 @@ OpenAI publishes two renderers which differ; this is what is followed where, and
   prompt `<|start|>assistant`, so the drawn form is what a policy should be shown. All three are read.
 - `code`. Built-in `python` is drawn as `<|channel|>analysis to=python code<|message|>`: type `code` has no
   `<|constrain|>`, every other type has.
-- A tool's answer. The template writes its JSON encoding (a string in quotes), library and guide the text itself: the text.
+- A tool's answer. The template writes its JSON encoding (a string in quotes), library and guide the text: the text.
 - A developer message without tools. The template ends it with an empty line, library and guide do not: none.
 - The date. The template always writes one, the library only if there is one: only if there is one.
 - Instructions. As in the template, a leading system message is taken for developer instructions: Harmony's own system
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from keel.chat.tokenizer import ChatFormatError, ChatTokenizer
@@ -36,6 +35,7 @@ IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
 BARE_CONTENT_TYPES = frozenset({"code"})
 PYTHON = "python"
+_MOST_REMEMBERED = 1024
 # Part of the published format: the model was trained with these very words.
 PYTHON_DESCRIPTION = (
     "Use this tool to execute Python code in your chain of thought. The code will not be shown to the user. This tool "
@@ -91,7 +91,7 @@ def is_builtin(tool: ToolSpec) -> bool:
 
 
 def channel_of(message: Message) -> str:
-    """The channel of an assistant message; where it names none: `final`, `commentary` for a call, `analysis` for code."""
+    """The channel of an assistant message; by default `final`, or for a call `commentary` (`python`: `analysis`)."""
     if message.channel is not None:
         return message.channel
     if message.recipient is None:
@@ -137,8 +137,8 @@ class HarmonyRenderer:
         self.tokenizer = tokenizer
         self.tokens = HarmonyTokens.of(tokenizer)
         self.reply_start = (self.tokens.start, *tokenizer.encode("assistant"))
-        self._header = lru_cache(maxsize=4096)(self._encode_header)
-        self._constant = lru_cache(maxsize=64)(self._encode_constant)
+        self._headers: dict[tuple[str, str | None, str | None, str | None], tuple[int, ...]] = {}
+        self._constants: dict[tuple[str, str], tuple[int, ...]] = {}
 
     def message(self, message: Message) -> list[int]:
         """A whole message of a prompt, from `<|start|>` to `<|end|>` (`<|call|>` for a call)."""
@@ -150,7 +150,12 @@ class HarmonyRenderer:
 
     def constant(self, role: str, text: str) -> tuple[int, ...]:
         """A message that many prompts share, encoded once."""
-        return self._constant(role, text)
+        known = self._constants.get((role, text))
+        if known is None:
+            known = (*self._header(role, None, None, None), *self.tokenizer.encode(text), self.tokens.end)
+            if len(self._constants) < _MOST_REMEMBERED:
+                self._constants[role, text] = known
+        return known
 
     def reply(self, message: Message) -> list[int]:
         """An assistant message as it is drawn after `<|start|>assistant`, without its last token."""
@@ -165,17 +170,28 @@ class HarmonyRenderer:
         if message.role == "tool":
             if not message.name:
                 raise ChatFormatError(
-                    "harmony: a tool's answer needs the tool's full name; set Message.name, as in 'functions.calculator'"
+                    "harmony: a tool's answer has no name; set Message.name to the full one, as in 'functions.search'"
                 )
             channel = message.channel or ("analysis" if message.name == PYTHON else "commentary")
             return self._header(message.name, channel, message.recipient or "assistant", None)
         role = f"{message.role}:{message.name}" if message.name else message.role
         return self._header(role, message.channel, message.recipient, None)
 
+    def _header(
+        self, role: str, channel: str | None, recipient: str | None, content_type: str | None
+    ) -> tuple[int, ...]:
+        key = (role, channel, recipient, content_type)
+        known = self._headers.get(key)
+        if known is None:
+            known = self._encode_header(*key)
+            if len(self._headers) < _MOST_REMEMBERED:
+                self._headers[key] = known
+        return known
+
     def _encode_header(
         self, role: str, channel: str | None, recipient: str | None, content_type: str | None
     ) -> tuple[int, ...]:
-        """Header of a message up to `<|message|>`. The role of an assistant message is not in it: it ends the prompt."""
+        """Header of a message up to `<|message|>`; an assistant's begins after its role, which ends the prompt."""
         for what, word in (("name", role), ("channel", channel), ("recipient", recipient), ("type", content_type)):
             if word is not None and (not word or word.split() != [word]):
                 raise ChatFormatError(f"harmony: a message's {what} must be one word without spaces, got {word!r}")
@@ -188,14 +204,7 @@ class HarmonyRenderer:
             raise ChatFormatError(f"harmony: channel {channel!r} of an assistant message; known: {', '.join(CHANNELS)}")
         words = f"{channel}{address}"
         if content_type is None:
-            kind = []
-        elif content_type in BARE_CONTENT_TYPES:
-            words += f" {content_type}"
-            kind = []
-        else:
-            words += " "
-            kind = [tokens.constrain, *encode(content_type)]
-        return (tokens.channel, *encode(words), *kind, tokens.message)
-
-    def _encode_constant(self, role: str, text: str) -> tuple[int, ...]:
-        return (*self._header(role, None, None, None), *self.tokenizer.encode(text), self.tokens.end)
+            return (tokens.channel, *encode(words), tokens.message)
+        if content_type in BARE_CONTENT_TYPES:
+            return (tokens.channel, *encode(f"{words} {content_type}"), tokens.message)
+        return (tokens.channel, *encode(f"{words} "), tokens.constrain, *encode(content_type), tokens.message)

@@ -20,13 +20,12 @@ from typing import Any
 from keel.chat.base import Prompt, Reply
 from keel.chat.template_calls import (
     MalformedTextError,
+    bare_name,
     call_arguments,
-    function_name,
     read_messages,
     write_call,
 )
 from keel.chat.tokenizer import ChatFormatError, as_chat_tokenizer
-from keel.chat.typescript import FUNCTIONS
 from keel.types import Message, ToolSpec
 
 # Private-use characters: no template touches them, and text that has them gets others (see `_Shield`).
@@ -49,7 +48,7 @@ class TemplateChat:
         self.tokenizer = as_chat_tokenizer(tokenizer)
         if not self.tokenizer.has_template:
             raise ChatFormatError(
-                'chat.format "template": the tokenizer has no chat template; set its chat_template, or use another format'
+                'chat.format "template": the tokenizer has no chat template; set one, or use another format'
             )
         names = sorted(self.tokenizer.added_tokens, key=len, reverse=True)
         special = [name for name in names if self.tokenizer.added_tokens[name] in self.tokenizer.special_ids]
@@ -79,14 +78,14 @@ class TemplateChat:
         """
         before, reply = _split_reply(history)
         thought = any(message.channel == "analysis" for message in reply)
-        stand_in = self._assistant([message for message in reply if message.recipient is not None], _Shield(self))
+        shield, schemas = _Shield(self), _schemas(tools)
+        earlier, later = self._convert(before, shield), self._convert(new, shield)
+        stand_in = self._assistant([message for message in reply if message.recipient is not None], shield)
         stand_in["content"] = _PLACEHOLDER
         if thought:
             stand_in["reasoning_content"] = _THOUGHTS
-        shield = _Shield(self)
-        earlier, later = self._convert(before, shield), self._convert(new, shield)
-        first = self.tokenizer.render_template(earlier, _schemas(tools), generate=True)
-        whole = self.tokenizer.render_template([*earlier, stand_in, *later], _schemas(tools), generate=True)
+        first = self.tokenizer.render_template(earlier, schemas, generate=False) if earlier else ""
+        whole = self.tokenizer.render_template([*earlier, stand_in, *later], schemas, generate=True)
         changed = self._what_changed(first, whole, thought=thought)
         if changed:
             ids = self._encode(*self._render([*history, *new], tools, generate=True))
@@ -101,14 +100,16 @@ class TemplateChat:
     def demonstrate(self, message: Message, last: bool) -> tuple[int, ...]:
         """The tokens a perfect policy draws for `message`; demonstrations of one reply's messages are laid end to end.
 
+        Where the template's prompt already opens `<think>`, a reply must begin with its thoughts (channel "analysis").
         Raises ChatFormatError for a message that is not the assistant's, or a call whose content is not a JSON object.
         """
         if message.role != "assistant":
-            raise ChatFormatError(f"template: a policy speaks as assistant, got a demonstration with role {message.role!r}")
+            raise ChatFormatError(f"template: a demonstration must be the assistant's, got role {message.role!r}")
         if message.recipient is not None:
             text = write_call(message) + ("" if last else "\n")
         elif message.channel == "analysis":
-            text = f"<think>\n{message.content}\n</think>\n\n"
+            opening = "" if self._opens_thoughts else "<think>\n"
+            text = f"{opening}{message.content}\n</think>\n\n"
         else:
             text = message.content + ("" if last else "\n")
         shield = _Shield(self)
@@ -133,6 +134,8 @@ class TemplateChat:
             messages = tuple(read_messages(self.tokenizer.decode(body), thinking=self._opens_thoughts))
         except MalformedTextError as fault:
             return Reply((), text, str(fault))
+        except RecursionError:
+            return Reply((), text, "JSON nested too deeply")
         if not ended:
             return Reply(messages, text, "cut off before the end of the reply" if ids else "empty reply")
         return Reply(messages, text)
@@ -158,15 +161,16 @@ class TemplateChat:
         before = whole[: whole.index(_PLACEHOLDER)]
         if thought and _THOUGHTS not in before:
             return "thoughts of earlier turns: the template leaves them out of this prompt"
-        if before.startswith(first) or (thought and first.startswith(before[: before.index(_THOUGHTS)])):
-            return None
-        return "earlier turns: the template writes them differently in this prompt"
+        if not before.startswith(first):
+            return "earlier turns: the template writes them differently in this prompt"
+        return None
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generate: bool
     ) -> tuple[str, _Shield]:
         shield = _Shield(self)
-        return self.tokenizer.render_template(self._convert(messages, shield), _schemas(tools), generate=generate), shield
+        converted = self._convert(messages, shield)
+        return self.tokenizer.render_template(converted, _schemas(tools), generate=generate), shield
 
     def _convert(self, messages: Sequence[Message], shield: _Shield) -> list[dict[str, Any]]:
         """Keel's messages as a template wants them: one entry per turn, thoughts and calls inside the assistant's."""
@@ -177,7 +181,8 @@ class TemplateChat:
             if message.role != "assistant":
                 role = "system" if message.role == "developer" else message.role
                 entry = {"role": role, "content": shield.world(message.content)}
-                converted.append(entry if message.name is None else {**entry, "name": function_name_of(message.name)})
+                name = {} if message.name is None else {"name": shield.world(bare_name(message.name))}
+                converted.append({**entry, **name})
                 place += 1
                 continue
             stop = place
@@ -198,7 +203,7 @@ class TemplateChat:
         calls = [
             {
                 "type": "function",
-                "function": {"name": function_name(message), "arguments": shield.values(call_arguments(message))},
+                "function": {"name": bare_name(message.recipient), "arguments": shield.values(call_arguments(message))},
             }
             for message in reply
             if message.recipient is not None
@@ -255,11 +260,6 @@ class _Shield:
     def _fence(self, found: re.Match[str]) -> str:
         self.hidden.append(found.group())
         return f"{_FENCE}{len(self.hidden) - 1}{_FENCE}"
-
-
-def function_name_of(tool_name: str) -> str:
-    """The bare name of a tool."""
-    return tool_name.removeprefix(f"{FUNCTIONS}.")
 
 
 def _schemas(tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:

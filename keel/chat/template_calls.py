@@ -1,6 +1,6 @@
 """Tool calls in the text of a reply, as models without Harmony write them.
 
-Two styles are read: Hermes (`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number, after optional text),
+Two styles are read: Hermes (`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one or more, after any text),
 and a reply that is nothing but JSON: one `{"name", "arguments"}` (or `"parameters"`), a list of them, or OpenAI's
 `{"tool_calls": [{"type": "function", "function": {...}}]}`. Thoughts stand before the rest, as `<think>...</think>`, or
 without the opening mark where the prompt has already written it.
@@ -21,7 +21,7 @@ _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _MARK = re.compile(r"</?tool_call>")
 _ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*')
 _CALL_KEYS = frozenset({"name", "arguments", "parameters", "id", "type", "function"})
-_ANSWERS_AS_TEXT = None
+_NAME = re.compile(r"[\w.:/-]+")
 _DECODER = json.JSONDecoder()
 
 
@@ -32,12 +32,13 @@ class MalformedTextError(Exception):
 def read_messages(text: str, *, thinking: bool) -> list[Message]:
     """The messages of a reply's text, special tokens already gone: thoughts, then plain text, then calls.
 
-    `thinking` says that the prompt ended inside `<think>`. Raises MalformedTextError.
+    `thinking` says that the prompt ended inside `<think>`. Raises MalformedTextError, and RecursionError for JSON
+    nested as deeply as only a policy gone astray writes it.
     """
     thoughts, answer = _split_thoughts(text, thinking=thinking)
     messages = [Message("assistant", thoughts, channel="analysis")] if thoughts is not None else []
     calls = _hermes_calls(answer) if _MARK.search(answer) else _json_calls(answer)
-    if calls is _ANSWERS_AS_TEXT:
+    if calls is None:
         return [*messages, Message("assistant", answer)]
     spoken = answer[: answer.index("<tool_call>")].removesuffix("\n") if "<tool_call>" in answer else ""
     if spoken:
@@ -47,14 +48,14 @@ def read_messages(text: str, *, thinking: bool) -> list[Message]:
 
 def write_call(message: Message) -> str:
     """A call as Hermes text. Raises ChatFormatError unless its content is a JSON object."""
-    name = json.dumps(function_name(message), ensure_ascii=False)
+    name = json.dumps(bare_name(message.recipient or ""), ensure_ascii=False)
     call_arguments(message)
     return f'<tool_call>\n{{"name": {name}, "arguments": {message.content}}}\n</tool_call>'
 
 
-def function_name(message: Message) -> str:
-    """The bare name of the function a call goes to."""
-    return (message.recipient or "").removeprefix(f"{FUNCTIONS}.")
+def bare_name(name: str) -> str:
+    """The name a template knows a tool by: without `functions.`."""
+    return name.removeprefix(f"{FUNCTIONS}.")
 
 
 def call_arguments(message: Message) -> dict[str, Any]:
@@ -96,16 +97,16 @@ def _json_calls(answer: str) -> list[Message] | None:
     """The calls of a reply that is nothing but JSON in a call's form; None if it is an ordinary answer."""
     stripped = answer.strip()
     if stripped[:1] not in ("{", "["):
-        return _ANSWERS_AS_TEXT
+        return None
     try:
         value = json.loads(stripped)
-    except (ValueError, RecursionError):
-        return _ANSWERS_AS_TEXT
+    except ValueError:
+        return None
     if isinstance(value, Mapping) and set(value) <= {"tool_calls", "content", "role"}:
         value = value.get("tool_calls")
     values = value if isinstance(value, list) else [value]
     if not values or not all(_is_call(item) for item in values):
-        return _ANSWERS_AS_TEXT
+        return None
     return [_call(item, stripped if len(values) == 1 else "") for item in values]
 
 
@@ -119,7 +120,7 @@ def _is_call(value: Any) -> bool:
 def _loads(body: str) -> Any:
     try:
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MalformedTextError("a <tool_call> that is not JSON") from error
 
 
@@ -129,7 +130,7 @@ def _call(value: Any, source: str) -> Message:
         raise MalformedTextError("a call without name and arguments")
     function = value.get("function", value)
     name, arguments = function["name"], function.get("arguments", function.get("parameters"))
-    if not isinstance(name, str) or not name or name.split() != [name]:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise MalformedTextError("a call whose name is not one word")
     if isinstance(arguments, str):
         written = arguments
@@ -138,6 +139,10 @@ def _call(value: Any, source: str) -> Message:
         written = _as_written(source, arguments)
     if not isinstance(arguments, dict):
         raise MalformedTextError("a call whose arguments are not a JSON object")
+    try:
+        written.encode()
+    except UnicodeEncodeError as error:
+        raise MalformedTextError("a call whose arguments hold half a character") from error
     recipient = name if "." in name else f"{FUNCTIONS}.{name}"
     return Message("assistant", written, recipient=recipient, content_type="json")
 
@@ -145,7 +150,7 @@ def _call(value: Any, source: str) -> Message:
 def _loads_arguments(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
@@ -153,7 +158,7 @@ def _as_written(source: str, arguments: Any) -> str:
     for found in _ARGUMENTS.finditer(source):
         try:
             value, stop = _DECODER.raw_decode(source, found.end())
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
         if value == arguments:
             return source[found.end() : stop]

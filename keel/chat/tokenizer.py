@@ -64,7 +64,10 @@ class ChatTokenizer(Protocol):
     def render_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, generate: bool
     ) -> str:
-        """The text of the tokenizer's own chat template; `generate` ends it with the start of a reply."""
+        """The text of the tokenizer's own chat template; `generate` ends it with the start of a reply.
+
+        Raises ChatFormatError if the template refuses the conversation.
+        """
         ...
 
 
@@ -126,12 +129,17 @@ class FastTokenizer:
     def render_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, generate: bool
     ) -> str:
-        rendered = self.hf_tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.hf_tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=generate,
+            )
+        except TemplateError as error:
+            raise ChatFormatError(f"chat template: it refuses this conversation: {error}") from error
         return str(rendered)
 
     @staticmethod
