@@ -75,7 +75,8 @@ class ReasoningGymTasks:
 
     def score(self, task: Task, answer: str) -> float:
         """What the library's scorer says of `answer`, 0 to 1."""
-        return float(self._datasets[task.data["dataset"]].score_answer(answer, dict(self.entry(task))))
+        entry = dict(self.entry(task))
+        return float(self._datasets[task.data["dataset"]].score_answer(answer, entry))
 
     def _generate(self, label: str, index: int) -> Mapping[str, Any]:
         entry: Mapping[str, Any] = self._datasets[label][index]

@@ -35,6 +35,10 @@ from keel.types import ToolSpec
 ToolErrorKind = Literal["unknown_tool", "bad_json", "bad_arguments", "raised", "timeout"]
 
 
+PYTHON = "python"
+"""Name of the tool that GPT-OSS calls with raw code; a function of this name has one parameter, the code."""
+
+
 class ToolDeclarationError(TypeError):
     """A function cannot be a tool; says what is missing and how to add it."""
 
@@ -65,6 +69,8 @@ class Tool:
         self.quick = quick
         shown = name or str(getattr(function, "__name__", type(function).__name__))
         self._arguments, description = _arguments_model(function, shown)
+        if shown == PYTHON and len(self._arguments.model_fields) != 1:
+            raise ToolDeclarationError(f"tool {PYTHON} is called with raw code alone; give it one parameter, the code")
         self.spec = ToolSpec(shown, description, _schema(self._arguments, shown))
 
     @property
@@ -155,13 +161,18 @@ def as_tools(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
     return found
 
 
-async def call_tool(tools: Mapping[str, Tool], recipient: str, arguments_json: str) -> ToolResult:
-    """Call the tool addressed by `recipient` ("functions.calculator" or "calculator")."""
+async def call_tool(tools: Mapping[str, Tool], recipient: str, content: str) -> ToolResult:
+    """Call the tool addressed by `recipient` ("functions.calculator" or "calculator") with a message's content.
+
+    The content is JSON, but for Harmony's built-in tool `python`, which is given raw code.
+    """
     found = tools.get(recipient.removeprefix("functions."))
     if found is None:
         known = ", ".join(f"functions.{name}" for name in tools) or "none"
         return ToolResult(f"Error: there is no tool {recipient[:100]!r}; known tools: {known}.", "unknown_tool")
-    return await found.call(arguments_json)
+    if recipient == PYTHON:
+        content = json.dumps({next(iter(found.spec.parameters["properties"]), "code"): content})
+    return await found.call(content)
 
 
 def _arguments_model(function: Callable[..., Any], name: str) -> tuple[type[pydantic.BaseModel], str]:
