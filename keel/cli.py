@@ -75,7 +75,7 @@ def train(
 ) -> None:
     """Train as RUN.toml says."""
     config = config_load.load(config_file, sets or ())
-    config_load.require(config, ("model.path", "env.id"), str(config_file))
+    config_load.require(config, ("model.path|model.tiny.preset", "env.id"), str(config_file))
     if dry_run:
         from keel.plan import describe_plan, make_plan
 
@@ -115,7 +115,7 @@ def evaluate(
     """Evaluate a checkpoint on the config's held-out tasks."""
     arguments = [*(sets or ()), *([f"model.path={model!r}"] if model else [])]
     config = config_load.load(config_file, arguments)
-    config_load.require(config, ("model.path", "env.id", "eval.num_tasks"), str(config_file))
+    config_load.require(config, ("model.path|model.tiny.preset", "env.id", "eval.num_tasks"), str(config_file))
     from keel.evaluate import evaluate_checkpoint
     from keel.monitor.live import describe
 
@@ -124,13 +124,13 @@ def evaluate(
 
 @app.command("tiny-model")
 def tiny_model(
-    out: Annotated[Path, typer.Option(help="Directory to write; must not hold a model yet.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must be new or empty.")],
     preset: Annotated[str, typer.Option(help="gpt_oss, qwen3 or qwen3_moe.")] = "gpt_oss",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a small random model and its tokenizer as an ordinary Hugging Face directory."""
-    if (out / "config.json").exists():
-        raise typer.BadParameter(f"{out} holds a model already; choose another directory", param_hint="--out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise typer.BadParameter(f"{out} is not empty; choose another directory", param_hint="--out")
     from keel.cli_tiny import presets, write_tiny_model
 
     if preset not in presets():

@@ -1,15 +1,14 @@
-"""`keel tiny-model`: a small random model and its tokenizer."""
+"""`keel tiny-model`: a small random model and a tokenizer that knows the words of the calculator's world."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from keel.envs.arithmetic import CalculatorEnv
-from keel.models.tiny import Preset, build_tiny_model, build_tiny_tokenizer
-
-NUM_TEXTS = 400
+from keel.config import TrainConfig
+from keel.envs.load import env_factory
+from keel.models.tiny import Preset
+from keel.tiny_start import build_tiny_start
 
 
 def presets() -> tuple[str, ...]:
@@ -17,17 +16,11 @@ def presets() -> tuple[str, ...]:
     return get_args(Preset)
 
 
-def write_tiny_model(preset: Preset, out: Path, *, seed: int) -> None:
-    """Write model and tokenizer of `preset` to `out`; the same seed writes the same bytes."""
-    style = "harmony" if preset == "gpt_oss" else "chatml"
-    tokenizer = build_tiny_tokenizer(_texts(), style=style)
-    build_tiny_model(preset, out, tokenizer=tokenizer, seed=seed)
+def write_tiny_model(preset: str, out: Path, *, seed: int) -> None:
+    """Write model and tokenizer of `preset` (one of `presets()`) to `out`; the same seed writes the same bytes.
 
-
-def _texts() -> Iterator[str]:
-    """What the quickstart's agent reads and writes: enough for a vocabulary of its words."""
-    for demonstration in CalculatorEnv(num_tasks=NUM_TEXTS).demonstrations(NUM_TEXTS, seed=0, start=0):
-        yield str(demonstration.task.data.get("question", ""))
-        for reply in demonstration.replies:
-            for message in reply:
-                yield message.content
+    `out` is replaced if it exists.
+    """
+    values = {"seed": seed, "model": {"tiny": {"preset": preset}}, "env": {"id": "CalculatorEnv"}}
+    config = TrainConfig.model_validate(values)
+    build_tiny_start(config, env_factory(config.env), out)

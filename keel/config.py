@@ -319,6 +319,12 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         "evaluations on no tasks",
         "set eval.num_tasks, or eval.every = 0",
     )
+    refuse(
+        bool(config.model.path and config.model.tiny.preset),
+        ("model.path", "model.tiny.preset"),
+        "two models to start from",
+        "leave one of them empty",
+    )
     for optim, steps in (("optim", "steps"), ("warm_start.optim", "warm_start.steps")):
         total = _value_at(config, steps)
         refuse(

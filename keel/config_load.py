@@ -6,14 +6,15 @@ impossible combinations, plug-ins that do not exist or do not take an option.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from keel import config_schema
 from keel.config import Plugin, TrainConfig
@@ -56,7 +57,7 @@ def parse(text: str, source: str = "config", sets: Sets = ()) -> TrainConfig:
                 return origins[option[:length]]
             if option[:length] in lines:
                 return f"{source}:{lines[option[:length]]}"
-        return source
+        return next((origins[path] for path in origins if path[: len(option)] == option), source)
 
     config = validate(data, where)
     problems = check_plugins(config, where)
@@ -67,27 +68,42 @@ def parse(text: str, source: str = "config", sets: Sets = ()) -> TrainConfig:
 
 def validate(data: Mapping[str, Any], where: Callable[[config_schema.Path], str]) -> TrainConfig:
     """Check types, names and combinations, strictly: a string is never taken for a number."""
+    dates = [
+        Problem(where(path), f"{'.'.join(path)} is a date", str(value), "no option takes dates; put it in quotes")
+        for path, value in _values(data)
+        if isinstance(value, (dt.date, dt.time))
+    ]
+    if dates:
+        raise ConfigError(dates)
     try:
         # Through JSON, because TOML has lists where the schema has tuples, and nothing else is to be converted.
-        text = json.dumps(_with_plugin_ids(data), default=str)
-        return TypeAdapter(TrainConfig).validate_json(text, strict=True)
+        return TrainConfig.model_validate_json(json.dumps(_with_plugin_ids(data)), strict=True)
     except ValidationError as error:
         raise ConfigError(problems_of(error, where)) from error
 
 
 def require(config: TrainConfig, options: Sequence[str], source: str) -> None:
-    """Raise ConfigError for options that this command cannot do without but the config leaves empty."""
+    """Raise ConfigError for options that this command cannot do without but the config leaves empty.
+
+    "a|b" asks for one of two.
+    """
     problems = []
-    for name in options:
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        if not value:
-            field = config_schema.field_at(tuple(name.split(".")))
-            help_text = field.description if field is not None else ""
-            problems.append(Problem(source, f"{name} is needed and not given", "", f"set {name}: {help_text}"))
+    for alternatives in options:
+        names = alternatives.split("|")
+        if not any(_value_at(config, name) for name in names):
+            fields = [config_schema.field_at(tuple(name.split("."))) for name in names]
+            help_texts = [f"{name}: {field.description}" for name, field in zip(names, fields, strict=True) if field]
+            fix = f"set {', or '.join(help_texts)}"
+            problems.append(Problem(source, f"{' or '.join(names)} is needed and not given", "", fix))
     if problems:
         raise ConfigError(problems)
+
+
+def _value_at(config: TrainConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def dump(config: TrainConfig) -> str:
@@ -103,6 +119,18 @@ def dump(config: TrainConfig) -> str:
             lines.append(f"{name} = {config_schema.toml_value(getattr(section, name))}  # {option.help}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def _values(value: Any, path: config_schema.Path = ()) -> Iterator[tuple[config_schema.Path, Any]]:
+    """Every value in tables and lists, with the path of the option that holds it."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _values(inner, (*path, name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values(inner, path)
+    else:
+        yield path, value
 
 
 def _read(path: Path) -> str:
