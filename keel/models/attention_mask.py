@@ -173,7 +173,8 @@ def keel_mask(  # noqa: PLR0917 - transformers' signature
         sees=None if mask_function is causal_mask_function and local_size is None else mask_function,
         device=device,
     )
-    mask = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, 1, 1, kv_length)
+    # Contiguous, because `generate` calls contiguous() on it, and a copy would have lost the plan.
+    mask = torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=device)
     setattr(mask, _TAG, plan)
     return mask
 
