@@ -1,11 +1,11 @@
 """Tools as the TypeScript-like declarations of Harmony's `# Tools` sections, from their JSON schemas.
 
 The published renderer (openai-harmony) is followed to the character, for that is what GPT-OSS was shown. The chat
-template shipped with the weights puts one more comma behind the comment of a default, and differs where a schema nests: it
-writes a nested object without comments, turns long element types into `any[]`, ignores titles and examples. For flat
-schemas the two agree but for that comma. In one case the published guide and the template speak against the renderer
-and are followed: a function without arguments is `() => any` even if its schema is an object without properties. A kind
-of schema that none of them knows (`anyOf`, `$ref`, `null`) is `any`.
+template shipped with the weights puts one more comma behind the comment of a default, and differs where schemas nest:
+nested objects without comments, `any[]` for long element types, no titles or examples. For flat schemas the two agree
+but for that comma. In one case guide and template speak against the renderer and are followed: a function without
+arguments is `() => any` even if its schema is an object without properties. A kind of schema that none of them knows
+(`anyOf`, `$ref`, `null`) is `any`.
 
 Example:
 

@@ -88,6 +88,14 @@ def library_message(message: dict[str, Any]) -> oh.Message:
     return made
 
 
+def declaration(encoding: oh.HarmonyEncoding, schema: dict[str, Any]) -> str:
+    """The `# Tools` section of one function."""
+    described = oh.DeveloperContent.new().with_function_tools([oh.ToolDescription.new("f", "Does it.", schema)])
+    message = oh.Message.from_role_and_content(oh.Role.DEVELOPER, described)
+    text = encoding.decode(encoding.render_conversation(oh.Conversation.from_messages([message])))
+    return text.partition("<|message|>")[2].removesuffix("<|end|>")
+
+
 def close_calls(tokens: list[int]) -> list[int]:
     """`<|call|>` where the library, which was not told of the recipient, ends a call with `<|end|>`."""
     closed = list(tokens)
@@ -225,6 +233,8 @@ def main() -> None:
         if "drawn" in golden:
             golden["library"] = [read_reply(encoding, text) for text in golden["drawn"]]
             texts += golden["drawn"]
+        elif "schemas" in golden:
+            golden["library"] = [declaration(encoding, schema) for schema in golden["schemas"]]
         else:
             conversation = library_conversation(golden["given"])
             tokens = close_calls(encoding.render_conversation_for_completion(conversation, oh.Role.ASSISTANT))

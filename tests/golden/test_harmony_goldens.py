@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from keel.chat.harmony import HarmonyChat
+from keel.chat.typescript import tools_section
 from keel.types import Message, ToolSpec
 
 FILES = sorted((Path(__file__).parent / "harmony").glob("*.json"))
 GOLDENS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
 CONVERSATIONS = [name for name, golden in GOLDENS.items() if "given" in golden]
 REPLIES = GOLDENS["replies"]
+SCHEMAS = GOLDENS["schemas"]
 # What the library reads in another way than Keel, and why.
 LIBRARY_SLIPS = {
     '<|channel|>final <|constrain|>json<|message|>{"a": 1}<|return|>': "it takes a lone content type for a recipient"
@@ -97,6 +99,12 @@ def test_template_differs_only_where_the_docstring_says(name, chats, published_t
     assert drawn in text
     shipped = "assistant to=functions.calculator<|channel|>commentary json<|message|>"
     assert text.replace(drawn, shipped) == GOLDENS[name]["template"]["text"]
+
+
+@pytest.mark.parametrize("place", range(len(SCHEMAS["schemas"])))
+def test_schemas_are_declared_as_the_library_declares_them(place):
+    tool = ToolSpec("f", "Does it.", SCHEMAS["schemas"][place])
+    assert tools_section([tool]) == SCHEMAS["library"][place]
 
 
 @pytest.mark.parametrize("place", range(len(REPLIES["drawn"])))
