@@ -8,8 +8,7 @@ are ordinary Hugging Face directories. Trunk and head both run inside `forward`,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from keel.models import experts as keel_experts
 from keel.models.info import ModelInfo, model_info
+from keel.models.progress import no_progress_bars
 from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers
 from keel.ops.logprobs import DEFAULT_CHUNK_TOKENS, head_logits, linear_logprobs
 
@@ -95,7 +95,7 @@ class PolicyModel(nn.Module):
         from transformers import AutoModelForCausalLM
 
         _register(attention, experts)
-        with _no_progress_bars():
+        with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=_dtype(dtype),
@@ -192,7 +192,7 @@ class PolicyModel(nn.Module):
         sharded. `tokenizer` is saved beside them if given.
         """
         options = {} if state_dict is None else {"state_dict": dict(state_dict)}
-        with _no_progress_bars():
+        with no_progress_bars():
             self.model.save_pretrained(path, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
@@ -259,17 +259,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; known: {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Saving and loading small models happens all the time; their progress bars would bury the run's own display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from keel.models.progress import no_progress_bars
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -135,7 +137,11 @@ _NORM = re.compile(r"norm\.weight$")
 
 
 def build_tiny_tokenizer(
-    texts: Iterable[str], vocab_size: int = 400, *, style: Literal["harmony", "chatml"] = "harmony", across_words: bool = False
+    texts: Iterable[str],
+    vocab_size: int = 400,
+    *,
+    style: Literal["harmony", "chatml"] = "harmony",
+    across_words: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts`, every digit its own token, special tokens last.
 
@@ -229,7 +235,8 @@ def build_tiny_model(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     initialize(model, seed=seed)
     if path is not None:
-        model.save_pretrained(path)
+        with no_progress_bars():
+            model.save_pretrained(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
     return model
