@@ -127,9 +127,9 @@ class PolicyModel(nn.Module):
         """Log-probs of `micro_batch.labels` under softmax(logits / temperature), sequences kept apart.
 
         `with_routes` returns each token's experts, `with_margins` also how near a tie the choice was. Gradients flow
-        through the entropy only if `entropy_grad`. Raises ValueError if routes are wanted of a model whose routers are
-        not declared, if the attention implementation cannot keep packed sequences apart, or a temperature is not
-        positive.
+        through the entropy only if `entropy_grad`. A dense model has no routes (None). Raises ValueError if routes are
+        wanted of a model whose routers are not declared, if the attention implementation cannot keep packed sequences
+        apart, or if a temperature is not positive.
         """
         if micro_batch.num_sequences > 1 and not self._packs:
             raise ValueError(
@@ -139,7 +139,7 @@ class PolicyModel(nn.Module):
         hidden, recorder = self._hidden(
             micro_batch.input_ids,
             micro_batch.positions,
-            RouteRecorder(len(self.routers), with_margins=with_margins) if with_routes or with_margins else None,
+            self._recorder(with_routes or with_margins, with_margins=with_margins),
             cu_seq_lens_q=micro_batch.cu_seqlens,
             cu_seq_lens_k=micro_batch.cu_seqlens,
             max_length_q=micro_batch.max_seqlen,
@@ -170,8 +170,7 @@ class PolicyModel(nn.Module):
 
         `attention_kwargs` reach the registered attention function (`keel_cache=`, or `cu_seq_lens_q=` and its kin).
         """
-        recorder = RouteRecorder(len(self.routers)) if with_routes else None
-        hidden, recorder = self._hidden(input_ids, positions, recorder, **attention_kwargs)
+        hidden, recorder = self._hidden(input_ids, positions, self._recorder(with_routes), **attention_kwargs)
         return hidden, None if recorder is None else recorder.routes()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -197,14 +196,20 @@ class PolicyModel(nn.Module):
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
 
-    def _hidden(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, recorder: RouteRecorder | None, **attention_kwargs: Any
-    ) -> tuple[torch.Tensor, RouteRecorder | None]:
-        if recorder is not None and self.info.num_moe_layers != len(self.routers):
+    def _recorder(self, wanted: bool, *, with_margins: bool = False) -> RouteRecorder | None:
+        """A recorder, if one is wanted and there is anything to record. Raises ValueError for unknown routers."""
+        if not wanted or self.info.num_moe_layers == 0:
+            return None
+        if self.info.num_moe_layers != len(self.routers):
             raise ValueError(
                 f"routes: {self.info.model_type} has {self.info.num_moe_layers} MoE layers, of which "
                 f"{len(self.routers)} have a router Keel can record; do not ask for its routes"
             )
+        return RouteRecorder(len(self.routers), with_margins=with_margins)
+
+    def _hidden(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, recorder: RouteRecorder | None, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, RouteRecorder | None]:
         arguments = {
             "input_ids": input_ids[None],
             "position_ids": positions[None],

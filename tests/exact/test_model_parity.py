@@ -1,4 +1,4 @@
-"""A whole `PolicyModel` against plain `transformers`: eager experts, its own attention, one sequence at a time, float64.
+"""A whole `PolicyModel` against plain `transformers`: eager experts, its own attention, sequence by sequence, float64.
 
 The reference's attention is "eager" for GPT-OSS. For the Qwen families it is "sdpa": their eager attention takes its
 softmax in float32 whatever the model's type.
