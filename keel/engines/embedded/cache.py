@@ -98,9 +98,9 @@ class SlotCache:
 class CacheView:
     """What a pass hands the model as `keel_cache`: every layer's attention comes here.
 
-    A decode pass has `[slots]` batch elements of one row, row b being the next token of slot b. A prefill pass has as many
-    batch elements as chunks, `n` consecutive positions of one sequence each. Either way a batch element covers the
-    whole capacity, and unused rows are computed and thrown away: its shape depends on nothing that is running beside it.
+    A decode pass has `[slots]` batch elements of one row, row b being the next token of slot b. A prefill pass has as
+    many batch elements as chunks, `n` consecutive positions of one sequence each. Either way a batch element covers
+    the whole capacity, and unused rows are computed and thrown away: its shape depends on nothing that runs beside it.
     """
 
     def __init__(

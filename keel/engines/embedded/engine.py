@@ -1,8 +1,8 @@
 """The engine's face: requests in, results out, one driver that runs passes while there is work.
 
-Everything happens on the caller's event loop. The driver gives the loop a turn after every pass, so that environments and
-tools go on; whatever arrives in a turn is admitted together before the next pass. The driver is a task that lives only
-while there is work, so the engine may be used from one event loop after another.
+Everything happens on the caller's event loop. The driver gives the loop a turn after every pass, so that environments
+and tools go on; whatever arrives in a turn is admitted together before the next pass. The driver is a task that lives
+only while there is work, so the engine may be used from one event loop after another.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SHORT_CHUNK, LONG_CHUNK = 8, 32
 LONG_CAPACITY = 512
-"""Prefill chunks are `SHORT_CHUNK` rows up to this capacity (little padding), `LONG_CHUNK` beyond (fewer cache reads)."""
+"""Prefill chunks have `SHORT_CHUNK` rows up to this capacity (little padding), `LONG_CHUNK` beyond (fewer reads)."""
 
 
 class EmbeddedEngine:
@@ -45,8 +45,8 @@ class EmbeddedEngine:
 
     A request's tokens, log-probs and routes are the same to the bit whatever runs beside it, in whatever slot, in
     whatever order requests arrive and however long tools take, as long as slots, prefill tile and thread count
-    stay the same. `shares_weights` says that `policy` is the learner's own module: then new weights are there already and
-    `load_weights` only takes note. Otherwise they are read from a file into its parameters, in place.
+    stay the same. `shares_weights` says that `policy` is the learner's own module: then new weights are there already
+    and `load_weights` only takes note. Otherwise they are read from a file into its parameters, in place.
     """
 
     def __init__(
@@ -227,14 +227,14 @@ class EmbeddedEngine:
 
     async def _drive(self) -> None:
         with evaluation_mode(self.policy):
-            while not self._paused and self._iterate():
+            while not self._paused and self._iterate():  # noqa: ASYNC110  (gives the loop a turn; polls nothing)
                 await asyncio.sleep(0)
 
     def _iterate(self) -> bool:
         """Admit, prefill, decode, draw once; False if there was nothing to do. A failure fails every request."""
         try:
             return self._iterate_once()
-        except Exception as error:  # whatever torch raises: nobody may wait for ever
+        except Exception as error:  # noqa: BLE001  (whatever torch raises: nobody may wait for ever)
             self._failure = f"{type(error).__name__}: {error}"
             self._fail_all(EngineError(f"the engine failed: {self._failure}"), cause=error)
             return False
@@ -255,7 +255,8 @@ class EmbeddedEngine:
 
     def _prefill(self) -> list[tuple[list[int], torch.Tensor]]:
         """Run the prefill passes that are due: (slots whose prompt is complete, their hidden states) of each."""
-        scheduler, done = self._scheduler, []
+        scheduler = self._scheduler
+        done: list[tuple[list[int], torch.Tensor]] = []
         while True:
             for copy in scheduler.take_copies():
                 self._cache.copy_prefix(copy.source, copy.targets, copy.length)

@@ -46,7 +46,7 @@ class Passes:
         self.num_passes = {"decode": 0, "prefill": 0}
 
     def decode(self, active: np.ndarray) -> torch.Tensor:
-        """Feed the last known token of the `active [rows]` slots: hidden states `[rows, Hd]`; other rows mean nothing."""
+        """Feed the last known token of the `active [rows]` slots: hidden `[rows, Hd]`; other rows mean nothing."""
         table = self.table
         token_ids = np.where(active, table.tokens[self._all_slots, np.where(active, table.fed, 0)], 0)
         positions = np.where(active, table.fed, 0)
@@ -55,7 +55,7 @@ class Passes:
         return self._run(token_ids, positions, write_slots, positions[:, None], None)
 
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Feed `chunks` of the table's tokens in one tile: hidden states of each chunk's last position `[chunks, Hd]`."""
+        """Feed `chunks` of the table's tokens in one tile: hidden of each chunk's last position `[chunks, Hd]`."""
         tokens = [self.table.tokens[chunk.slot, chunk.start : chunk.stop] for chunk in chunks]
         hidden = self._tile(chunks, tokens)
         self.num_passes["prefill"] += 1

@@ -35,9 +35,9 @@ def seed_state(seed: int) -> int:
 def uniforms(seed_states: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1), multiples of 2^-52, made of (seed, position) alone.
 
-    `seed_states [R]` uint64 from `seed_state`, `positions [R]` integer, the token's place in its sequence. Counter-based:
-    the finalizer of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) at step
-    `position` of the stream that the seed picks. Nothing is remembered between draws.
+    `seed_states [R]` uint64 from `seed_state`, `positions [R]` integer, the token's place in its sequence. Counter-
+    based: the finalizer of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) at
+    step `position` of the stream that the seed picks. Nothing is remembered between draws.
     """
     counter = positions.astype(np.uint64) + np.uint64(1)
     mixed = _mix(seed_states + counter * np.uint64(_GAMMA))
@@ -76,7 +76,9 @@ def logprobs_of(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
 
     A label too unlikely for a float64 probability is still right: it is never drawn, but may be scored.
     """
-    return torch.log_softmax(logits.to(torch.float64), dim=-1).gather(-1, labels[:, None]).squeeze(-1).cpu().numpy()
+    logprobs = torch.log_softmax(logits.to(torch.float64), dim=-1).gather(-1, labels[:, None])
+    values: np.ndarray = logprobs.squeeze(-1).cpu().numpy()
+    return values
 
 
 def _logs(shares: torch.Tensor) -> np.ndarray:
@@ -120,7 +122,8 @@ def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor,
 def _mix(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    mixed: np.ndarray = value ^ (value >> np.uint64(31))
+    return mixed
 
 
 def _mix_int(value: int) -> int:

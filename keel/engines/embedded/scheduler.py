@@ -12,10 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from keel.engines.embedded.sampling import Draws
 from keel.engines.embedded.slots import DECODE, FREE, HELD, PREFILL, Job, SlotTable
 from keel.types import FinishReason
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class Scheduler:
         return chunks
 
     def tile_done(self, chunks: list[Chunk]) -> list[int]:
-        """Note that `chunks` are in the cache; the slots whose prompt is complete, in the order of their last chunks."""
+        """Note that `chunks` are in the cache; the slots whose prompt is complete, in the order of last chunks."""
         table = self.table
         complete = []
         for chunk in chunks:
@@ -197,21 +200,22 @@ class Scheduler:
 
     # ---- decode
 
-    def decoding(self) -> np.ndarray:
+    def decoding(self) -> Flags:
         """[rows] bool: slots that have one token to feed."""
         table = self.table
-        return (table.state == DECODE) & (table.fed < table.known)
+        return np.asarray((table.state == DECODE) & (table.fed < table.known), dtype=np.bool_)
 
-    def decode_done(self, active: np.ndarray) -> None:
+    def decode_done(self, active: Flags) -> None:
+        """Note that the last known token of the `active` slots is in the cache."""
         self.table.fed += active
         self._idle_rows += len(self._prefill_order)
 
-    def ready(self) -> np.ndarray:
+    def ready(self) -> Flags:
         """[rows] bool: slots whose next token can be drawn."""
         table = self.table
-        return (table.state == DECODE) & (table.fed == table.known)
+        return np.asarray((table.state == DECODE) & (table.fed == table.known), dtype=np.bool_)
 
-    def take_draws(self, ready: np.ndarray, draws: Draws) -> list[Ended]:
+    def take_draws(self, ready: Flags, draws: Draws) -> list[Ended]:
         """Append the drawn tokens of the `ready` slots; the jobs that are over. Their slots stay as they are."""
         table = self.table
         rows = np.flatnonzero(ready & draws.finite)

@@ -1,8 +1,8 @@
 """What is in each slot: plain numpy columns, one row per slot, so that bookkeeping for all slots is a few operations.
 
-A slot is FREE, HELD (a session waits in it for its next request), in PREFILL or in DECODE. Between passes a decoding slot
-has fed every token it knows but the last one (`fed == known - 1`), or, just after a pass, all of them (`fed == known`:
-ready to draw). What a free slot holds stays usable as a beginning for others until the slot is taken again.
+A slot is FREE, HELD (a session waits in it for its next request), in PREFILL or in DECODE. Between passes a decoding
+slot has fed every token it knows but the last one (`fed == known - 1`), or, just after a pass, all of them (`fed ==
+known`: ready to draw). What a free slot holds stays usable as a beginning for others until the slot is taken again.
 """
 
 from __future__ import annotations
