@@ -92,10 +92,11 @@ class Collector:
         """
         begin = time.perf_counter()
         schedule = self._train_schedule()
+        schedule.require(step)
         future = self._ahead.pop(step, None) or self._begin(step)
-        schedule.advance(step)
         self._look_ahead(step)
         produced = self.loop.wait(future)
+        schedule.advance()  # not earlier: a step that was interrupted is still the next one
         self._metrics = rollout_metrics(produced.groups, produced.seconds)
         self._metrics["time/rollout_wait_s"] = time.perf_counter() - begin
         return produced.groups

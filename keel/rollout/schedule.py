@@ -42,13 +42,16 @@ class TaskSchedule:
         start = self._position + (step - self._next_step) * self._per_step
         return [self._at(position) for position in range(start, start + self._per_step)]
 
-    def advance(self, step: int) -> None:
-        """Count `step`, which must be the next one, as done."""
+    def require(self, step: int) -> None:
+        """Raise ScheduleError unless `step` is the next one."""
         if step != self._next_step:
             raise ScheduleError(
                 f"asked for the groups of step {step}, but the next one is {self._next_step}; a resumed run must "
                 "restore the state that was saved with its checkpoint"
             )
+
+    def advance(self) -> None:
+        """Count the next step as done."""
         self._next_step += 1
         self._position += self._per_step
 

@@ -60,7 +60,7 @@ def read_trajectories(path: Path) -> list[Trajectory]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             found.append(trajectory_from_json(json.loads(line)))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # RecordError and JSON's own error are ValueErrors
             raise RecordError(f"{path}, line {number} is not a trajectory: {error!r}") from error
     return found
 
@@ -90,6 +90,8 @@ def trajectory_to_json(trajectory: Trajectory, *, with_tokens: bool = False) -> 
 
 def trajectory_from_json(value: Mapping[str, Any]) -> Trajectory:
     """The trajectory that `trajectory_to_json` wrote; segments are empty if they were left out. Raises RecordError."""
+    if not isinstance(value, Mapping):
+        raise RecordError(f"a trajectory is a JSON object; got {value!r}")
     _check_version(value, "trajectory")
     return Trajectory(
         task=Task(value["task"]["id"], value["task"]["data"]),
