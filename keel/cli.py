@@ -18,6 +18,7 @@ from keel.config_docs import as_markdown
 from keel.config_problems import ConfigError
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.trackers import TrackerError
+from keel.plugins import PluginError
 
 if TYPE_CHECKING:
     from keel.monitor.runlog import RunSummary
@@ -44,7 +45,7 @@ def main() -> None:
     """Run the command line; faults that are the user's to mend are told without a traceback."""
     try:
         app(standalone_mode=True)
-    except (ConfigError, RunDirectoryError, TrackerError) as error:
+    except (ConfigError, PluginError, RunDirectoryError, TrackerError) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(EXIT_CONFIG)
     except KeyboardInterrupt:

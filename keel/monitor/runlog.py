@@ -57,8 +57,8 @@ class RunLog:
         self._held = ExitStack()
         self._held.enter_context(directory.lock(paths))
         self._seconds: dict[str, float] = {}
-        self._stage = ""
-        self._stage_began = 0.0
+        self._stages: list[tuple[str, int]] = []  # the innermost last
+        self._booked = time.monotonic()
         self._last_step: dict[str, int] = {}
         self._num_steps: dict[str, int] = {}
         self._num_rows = 0
@@ -112,17 +112,24 @@ class RunLog:
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[None]:
-        """Time a stage ("warm_start", "reinforcement", "eval", ...) of `total` steps and show it."""
-        outer, outer_began = self._stage, self._stage_began
+        """Time a stage ("warm_start", "reinforcement", "eval", ...) of `total` steps and show it.
+
+        Stages may stand inside one another; seconds count for the innermost.
+        """
         self._book_seconds()
-        self._stage, self._stage_began = name, time.monotonic()
-        self._display.begin(name, total)
-        self._set_status("running")
+        self._stages.append((name, total))
+        self._show_stage()
         try:
             yield
         finally:
             self._book_seconds()
-            self._stage, self._stage_began = outer, time.monotonic() if outer else outer_began
+            self._stages.pop()
+            self._show_stage()
+
+    def _show_stage(self) -> None:
+        if self._stages and not self._closed:
+            self._display.begin(*self._stages[-1])
+            self._set_status("running")
 
     def log_step(self, step: int, metrics: Metrics, *, stage: str = "reinforcement") -> None:
         """Append the row of `step`, which only grows within a stage. Raises RunDirectoryError for one logged before."""
@@ -225,16 +232,17 @@ class RunLog:
             self.close("failed", f"{kind.__name__}: {error}")
 
     def _book_seconds(self) -> None:
-        if self._stage:
-            now = time.monotonic()
-            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._stage_began
-            self._stage_began = now
+        now = time.monotonic()
+        if self._stages:
+            name = self._stages[-1][0]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._booked
+        self._booked = now
 
     def _set_status(self, state: State, reason: str = "") -> None:
         value = {
             "state": state,
             "reason": reason,
-            "stage": self._stage,
+            "stage": self._stages[-1][0] if self._stages else "",
             "steps_done": dict(self._num_steps),
             "steps": self.config.steps,
             "heartbeat_unix_s": time.time(),

@@ -1,0 +1,116 @@
+"""The command line in real processes: exit codes, messages without tracebacks, and nothing slow for help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import keel
+from keel import cli, config_load
+from keel.config import TrainConfig
+from keel.config_docs import as_markdown
+from keel.monitor.runlog import RunSummary
+
+
+def run_keel(*arguments, cwd=None):
+    source = str(Path(keel.__file__).parents[1])  # the tree under test, installed or not
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "PYTHONPATH": source}
+    command = [sys.executable, "-m", "keel", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_version():
+    assert run_keel("--version").stdout == f"{keel.__version__}\n"
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from keel.cli import app; "
+        "result = CliRunner().invoke(app, ['train', '--help']); assert result.exit_code == 0, result.output; "
+        "assert '--dry-run' in result.output; sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wrong_config_exits_2_and_says_what_got_fix(tmp_path):
+    (tmp_path / "run.toml").write_text("[rollout]\ngroup_sise = 16\n")
+    done = run_keel("train", "run.toml", cwd=tmp_path)
+    assert done.returncode == cli.EXIT_CONFIG
+    assert done.stderr == (
+        "run.toml:2: unknown option 'group_sise' in [rollout]\n"
+        "    got: 16 (a whole number)\n"
+        "    fix: did you mean 'group_size'?\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.toml"], "none.toml: cannot be read"),
+        (["train", "empty.toml"], "env.id is needed and not given"),
+        (["train", "empty.toml", "--set", "steps=x"], "--set steps=x: steps has a value it does not take"),
+        (["eval", "empty.toml"], "eval.num_tasks is needed and not given"),
+        (["resume", "."], "not a run directory"),
+        (["quickstart", "--seed", "-1"], "--seed"),
+        (["tiny-model", "--out", "."], "not empty"),
+        (["tiny-model", "--out", "new", "--preset", "gpt-oss"], "known: gpt_oss, qwen3, qwen3_moe"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_the_users_faults_exit_2_without_a_traceback(tmp_path, arguments, message):
+    (tmp_path / "empty.toml").write_text("")
+    done = run_keel(*arguments, cwd=tmp_path)
+    assert done.returncode == cli.EXIT_CONFIG, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_printed_config_is_an_input(tmp_path):
+    (tmp_path / "run.toml").write_text(run_keel("config", "--set", "optim.lr=0.5").stdout)
+    config = config_load.load(tmp_path / "run.toml")
+    assert config.model_dump() == TrainConfig.model_validate({"optim": {"lr": 0.5}}).model_dump()
+
+
+def test_the_reference_page_can_be_printed():
+    assert run_keel("config", "--markdown").stdout == as_markdown()
+
+
+@pytest.mark.parametrize(("state", "code"), [("completed", 0), ("stopped", cli.EXIT_STOPPED)])
+def test_a_stopped_run_does_not_exit_as_done(monkeypatch, tmp_path, state, code):
+    summary = RunSummary(run_dir="runs/x", state=state, reason="loss is nan")
+    monkeypatch.setattr("keel.train.resume", lambda _: summary)
+    result = CliRunner().invoke(cli.app, ["resume", str(tmp_path)])
+    assert result.exit_code == code
+    assert f"{state}: runs/x" in result.output
+
+
+def test_an_interruption_exits_130(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == cli.EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_tiny_model_is_an_ordinary_checkpoint_and_can_be_planned_for(tmp_path):
+    done = run_keel("tiny-model", "--preset", "qwen3_moe", "--out", "model", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "qwen3_moe"
+    sets = ["--set", "model.path=model", "--set", "env.id=CalculatorEnv", "--set", "rollout.max_sequence_tokens=512"]
+    (tmp_path / "run.toml").write_text("")
+    done = run_keel("train", "run.toml", "--dry-run", *sets, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "qwen3_moe" in done.stdout
+    assert "256 episodes, at most 131,072 tokens" in done.stdout
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,187 @@
+"""Who may enter whom: the house's plan, checked on the source, and what is imported, checked in a fresh process."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "keel"
+STANDARD = set(sys.stdlib_module_names)
+ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins"}
+"""Floor 0 of the plan (and the bare package, for its version)."""
+CONFIG_FILES = {f"keel.{path.stem}" for path in ROOT.glob("config*.py")} | {"keel.types", "keel.plugins"}
+FLOOR_FOUR = {"keel.train", "keel.build", "keel.records", "keel.recipes", "keel.evaluate", "keel.quickstart"}
+FLOOR_FOUR |= {"keel.tiny_start", "keel.plan", "keel.preflight", "keel.replay", "keel.bench"}
+LIGHT = {"pydantic", "rich", "tomlkit", "psutil"}
+
+# room -> (rooms of Keel it may enter, other packages it may import). A room may always enter itself and the standard
+# library; a module's name stands for itself and all below it.
+MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
+    "keel": ({"*"}, set()),  # the public names, imported when first used
+    "keel.types": (set(), set()),
+    "keel.plugins": (set(), set()),
+    "keel.config": (set(), {"pydantic"}),
+    "keel.ops": (set(), {"torch"}),
+    "keel.chat": (ANYWHERE, {"tokenizers", "transformers", "jinja2"}),
+    "keel.envs": (ANYWHERE | {"keel.chat.base"}, {"pydantic", "reasoning_gym"}),
+    "keel.rewards": (ANYWHERE | {"keel.chat.base"}, set()),
+    "keel.sandbox": (ANYWHERE, {"psutil"}),
+    "keel.monitor": (CONFIG_FILES, LIGHT),
+    "keel.report": (ANYWHERE | {"keel.monitor"}, LIGHT),
+    "keel.batch": ({"keel.types"}, {"torch", "numpy"}),
+    "keel.models": (
+        {"keel.ops", "keel.batch", "keel.types"},
+        {"torch", "transformers", "tokenizers", "safetensors", "numpy"},
+    ),
+    "keel.attention": ({"keel.models", "keel.ops"}, {"torch", "transformers"}),
+    "keel.dist": (ANYWHERE, {"torch"}),
+    "keel.sync": ({"keel.types", "keel.engines.base"}, {"torch", "safetensors", "vllm"}),
+    "keel.algo": ({"keel.types", "keel.batch"}, {"torch"}),
+    "keel.engines": (
+        ANYWHERE | {"keel.models", "keel.ops", "keel.dist", "keel.sync"},
+        {"torch", "transformers", "safetensors", "numpy"},
+    ),
+    "keel.rollout": (
+        ANYWHERE | {"keel.chat", "keel.envs", "keel.rewards", "keel.engines.base"},
+        {"numpy", "safetensors"},
+    ),
+    "keel.learner": (
+        ANYWHERE | {"keel.batch", "keel.algo", "keel.models", "keel.ops", "keel.dist", "keel.sync"},
+        {"torch", "safetensors", "numpy", "transformers"},
+    ),
+}
+for _name in CONFIG_FILES - {"keel.config", "keel.types", "keel.plugins"}:
+    MAY_ENTER[_name] = (CONFIG_FILES, {"pydantic", "tomlkit"})
+for _name in FLOOR_FOUR:
+    MAY_ENTER[_name] = (set(MAY_ENTER) - {"keel"} | FLOOR_FOUR, {"torch", "transformers", "numpy"})
+for _name in ("keel.cli", "keel.cli_tiny", "keel.__main__"):
+    MAY_ENTER[_name] = ({"*"}, {"typer"})
+DEEPEST = ("keel.cli", "keel.train")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_within(module: str, rooms: set[str]) -> bool:
+    return any(module == room or (room != "keel" and module.startswith(f"{room}.")) for room in rooms)
+
+
+def room_of(module: str) -> str:
+    fitting = [room for room in MAY_ENTER if is_within(module, {room})]
+    assert fitting, f"{module} is in no room of the plan; give it one in tests/unit/test_imports.py, and say why"
+    return max(fitting, key=len)
+
+
+def imports_of(path: Path, *, at_run_time_only: bool = False) -> set[str]:
+    """Modules imported anywhere in a file; those for type checkers alone are left out if so asked."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and at_run_time_only:
+            skipped |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            base = node.module or ""
+            for alias in node.names:
+                below = ROOT.parent.joinpath(*base.split("."), alias.name)
+                is_module = base.split(".")[0] == "keel" and (below.is_dir() or below.with_suffix(".py").exists())
+                found.add(f"{base}.{alias.name}" if is_module else base)
+    return found
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[module_name(path) for path in FILES])
+def test_a_module_enters_only_the_rooms_it_may(path):
+    module = module_name(path)
+    room = room_of(module)
+    rooms, packages = MAY_ENTER[room]
+    for imported in sorted(imports_of(path)):
+        top = imported.split(".")[0]
+        if top == "keel":
+            assert rooms == {"*"} or is_within(imported, rooms | {room}) or imported == "keel", (
+                f"{module} (room {room}) imports {imported}; it may enter: {sorted(rooms)}"
+            )
+        else:
+            assert top in STANDARD | packages, f"{module} (room {room}) imports {imported}; it may: {sorted(packages)}"
+
+
+def test_nothing_below_the_command_line_enters_the_loop():
+    for path in FILES:
+        module = module_name(path)
+        if is_within(module, {"keel.cli", "keel.cli_tiny", "keel.quickstart", "keel.train"}):
+            continue
+        assert not {name for name in imports_of(path) if is_within(name, {"keel.train", "keel.cli"})} or (
+            module == "keel.__main__"
+        ), module
+
+
+def test_there_are_no_cycles():
+    graph: dict[str, set[str]] = defaultdict(set)
+    modules = {module_name(path) for path in FILES}
+    for path in FILES:
+        module = module_name(path)
+        if module == "keel":
+            continue  # imports its public names when first used
+        graph[module] = (imports_of(path, at_run_time_only=True) & modules) - {module, "keel"}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail[trail.index(module) :], module))
+        if module in done:
+            return
+        for imported in sorted(graph[module]):
+            # A package that gathers its modules' names is entered by those who use it, not by its own modules.
+            if not module.startswith(f"{imported}."):
+                visit(imported, (*trail, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+LIGHT_ROOMS = [
+    "keel",
+    "keel.types",
+    "keel.config_load",
+    "keel.cli",
+    "keel.monitor",
+    "keel.chat",
+    "keel.envs",
+    "keel.rewards",
+    "keel.engines.base",
+]
+
+
+@pytest.mark.parametrize("room", LIGHT_ROOMS)
+def test_importing_it_needs_no_torch(room):
+    code = (
+        "import importlib, sys; importlib.import_module(sys.argv[1]); "
+        "sys.exit(', '.join(sorted({'torch', 'transformers'} & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, room], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_there_and_come_when_asked_for():
+    code = (
+        "import sys, keel; assert 'pydantic' not in sys.modules; "
+        "[getattr(keel, name) for name in keel.__all__]; assert 'torch' not in sys.modules; "
+        "assert set(keel.__all__) <= set(dir(keel))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
