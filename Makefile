@@ -58,7 +58,7 @@ soak: $(STAMP)
 	$(PYTEST) -m soak $(TESTS)
 
 mutants: $(STAMP)
-	$(BIN)/python scripts/mutants.py tests/mutants/mutants.toml
+	$(BIN)/python scripts/mutants.py tests/mutants
 
 docs: $(STAMP)
 	$(BIN)/keel config --markdown > docs/config.md.new && mv docs/config.md.new docs/config.md

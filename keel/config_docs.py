@@ -12,6 +12,7 @@ a run's `config.toml` is such a file with every option resolved, and a valid inp
 
 Any option can be set on the command line, in TOML syntax, quotes around a plain word left out:
 
+<!-- checked, not run -->
 ```sh
 keel train run.toml --set rollout.group_size=8 --set algo.loss.clip_high=0.28
 ```
