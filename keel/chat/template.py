@@ -54,7 +54,7 @@ class TemplateChat:
         special = [name for name in names if self.tokenizer.added_tokens[name] in self.tokenizer.special_ids]
         self._any_added = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._any_special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._end_name, self._end_id = self._find_end()
+        self._end_name, self._end_id = self._probe()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -80,21 +80,21 @@ class TemplateChat:
         thought = any(message.channel == "analysis" for message in reply)
         shield, schemas = _Shield(self), _schemas(tools)
         earlier, later = self._convert(before, shield), self._convert(new, shield)
-        stand_in = self._assistant([message for message in reply if message.recipient is not None], shield)
-        stand_in["content"] = _PLACEHOLDER
-        if thought:
-            stand_in["reasoning_content"] = _THOUGHTS
-        first = self.tokenizer.render_template(earlier, schemas, generate=False) if earlier else ""
-        whole = self.tokenizer.render_template([*earlier, stand_in, *later], schemas, generate=True)
+        calls = [message for message in reply if message.recipient is not None]
+        stand_in = self._turn(_PLACEHOLDER, _THOUGHTS if thought else "", calls, shield)
+        render = self.tokenizer.render_template
+        first = render(earlier, schemas, generate=False) if earlier else ""
+        whole = render([*earlier, stand_in, *later], schemas, generate=True)
         changed = self._what_changed(first, whole, thought=thought)
+        if not changed and calls and not self._ends_alike(render([*earlier, stand_in], schemas, generate=False), whole):
+            changed = "the end of the reply: the template writes it elsewhere once its calls are answered"
         if changed:
             ids = self._encode(*self._render([*history, *new], tools, generate=True))
             return Prompt(tuple(ids), extends=False, dropped=(changed,))
-        after = whole[whole.index(_PLACEHOLDER) + len(_PLACEHOLDER) :]
-        tail = after[after.index(self._end_name) :]
+        _, end, tail = self._after_reply(whole)
         seen = tuple(token_ids)
-        if seen and seen[-1] == self._end_id:
-            tail = tail[len(self._end_name) :]
+        if not seen or seen[-1] != self._end_id:
+            tail = end + tail
         return Prompt((*seen, *self._encode(tail, shield)), extends=True)
 
     def demonstrate(self, message: Message, last: bool) -> tuple[int, ...]:
@@ -140,11 +140,14 @@ class TemplateChat:
             return Reply(messages, text, "cut off before the end of the reply" if ids else "empty reply")
         return Reply(messages, text)
 
-    def _find_end(self) -> tuple[str, int]:
-        """Name and id of the special token the template puts after a reply, found by rendering one."""
+    def _probe(self) -> tuple[str, int]:
+        """Name and id of the special token the template puts after a reply, found by rendering one; and, on the way,
+        whether prompts open the thoughts and whether the template has a place for them."""
         asked = [{"role": "user", "content": "?"}]
         prompt = self.tokenizer.render_template(asked, (), generate=True)
         self._opens_thoughts = prompt.rstrip().endswith("<think>")
+        thoughtful = {"role": "assistant", "content": _PLACEHOLDER, "reasoning_content": _THOUGHTS}
+        self._knows_thoughts = _THOUGHTS in self.tokenizer.render_template([*asked, thoughtful], (), generate=False)
         answered = [*asked, {"role": "assistant", "content": _PLACEHOLDER}, *asked]
         rendered = self.tokenizer.render_template(answered, (), generate=False)
         found = self._any_special.search(rendered, rendered.find(_PLACEHOLDER) + len(_PLACEHOLDER))
@@ -159,11 +162,23 @@ class TemplateChat:
         if whole.count(_PLACEHOLDER) != 1:
             return "the reply: the template does not repeat it as it was"
         before = whole[: whole.index(_PLACEHOLDER)]
+        if self._end_name not in whole[len(before) :]:
+            return "the end of the reply: the template writes none in this prompt"
         if thought and _THOUGHTS not in before:
             return "thoughts of earlier turns: the template leaves them out of this prompt"
         if not before.startswith(first):
             return "earlier turns: the template writes them differently in this prompt"
         return None
+
+    def _after_reply(self, rendered: str) -> tuple[str, str, str]:
+        """What follows the placeholder: calls, the token that ends the reply, and the rest."""
+        return rendered.partition(_PLACEHOLDER)[2].partition(self._end_name)
+
+    def _ends_alike(self, alone: str, whole: str) -> bool:
+        """Does a reply with calls end the same with nothing behind it, calls inside? Some templates put the answers in
+        front of the end, or the calls behind it; a difference of renderings would lose or repeat them."""
+        calls, end, rest = self._after_reply(alone)
+        return bool(end) and calls == self._after_reply(whole)[0] and not self._any_special.search(rest)
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generate: bool
@@ -188,31 +203,34 @@ class TemplateChat:
             stop = place
             while stop < len(messages) and messages[stop].role == "assistant":
                 stop += 1
-            converted.append(self._assistant(messages[place:stop], shield))
+            reply = messages[place:stop]
+            thoughts = [message.content for message in reply if message.channel == "analysis"]
+            calls = [message for message in reply if message.recipient is not None]
+            spoken = [m.content for m in reply if m.recipient is None and m.channel != "analysis"]
+            content, thought = (shield.assistant("\n".join(parts)) for parts in (spoken, thoughts))
+            converted.append(self._turn(content, thought, calls, shield))
             place = stop
         return converted
 
-    @staticmethod
-    def _assistant(reply: Sequence[Message], shield: _Shield) -> dict[str, Any]:
-        spoken = [message for message in reply if message.recipient is None and message.channel != "analysis"]
-        entry: dict[str, Any] = {
-            "role": "assistant",
-            "content": "\n".join(shield.assistant(message.content) for message in spoken),
-        }
-        thoughts = [shield.assistant(message.content) for message in reply if message.channel == "analysis"]
-        calls = [
-            {
-                "type": "function",
-                "function": {"name": bare_name(message.recipient), "arguments": shield.values(call_arguments(message))},
-            }
-            for message in reply
-            if message.recipient is not None
-        ]
-        return {
-            **entry,
-            **({"reasoning_content": "\n".join(thoughts)} if thoughts else {}),
-            **({"tool_calls": calls} if calls else {}),
-        }
+    def _turn(self, content: str, thoughts: str, calls: Sequence[Message], shield: _Shield) -> dict[str, Any]:
+        """An assistant's turn as a template wants it."""
+        if thoughts and not self._knows_thoughts:
+            content, thoughts = f"<think>\n{thoughts}\n</think>\n\n{content}", ""
+        entry: dict[str, Any] = {"role": "assistant", "content": content}
+        if thoughts:
+            entry["reasoning_content"] = thoughts
+        if calls:
+            entry["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": bare_name(call.recipient or ""),
+                        "arguments": shield.values(call_arguments(call)),
+                    },
+                }
+                for call in calls
+            ]
+        return entry
 
     def _encode(self, text: str, shield: _Shield) -> list[int]:
         """Tokens of a rendering: a template's text between fences, ordinary text inside them."""

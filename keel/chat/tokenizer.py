@@ -138,7 +138,8 @@ class FastTokenizer:
                 tokenize=False,
                 add_generation_prompt=generate,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
+            # A template refuses by raising, or by doing what cannot be done with the value it was given.
             raise ChatFormatError(f"chat template: it refuses this conversation: {error}") from error
         return str(rendered)
 

@@ -55,8 +55,8 @@ def test_a_demonstration_reads_as_the_message_it_shows(reply, harmony):
 @settings(max_examples=60, deadline=None)
 @given(turns=st.lists(st.tuples(texts, st.one_of(replies, st.binary(max_size=12)), st.integers(0, 3)), max_size=5))
 def test_token_in_token_out(turns, harmony, calculator):
-    """Over any conversation, replies well formed, cut or random: a prompt that extends begins with every token seen, and
-    one that does not is made of the tokens of seen messages."""
+    """Over any conversation, replies well formed, cut or random: a prompt that extends begins with every token seen,
+    and one that does not is made of the tokens of seen messages."""
     prompt, history = harmony.start([QUESTION], [calculator]), [QUESTION]
     tokens = harmony._tokens
     for said, reply, cut in turns:
@@ -68,7 +68,7 @@ def test_token_in_token_out(turns, harmony, calculator):
         history += [*read.messages]
         prompt = harmony.extend(seen, history, new, [calculator])
         history += new
-        tail = harmony._renderer.message(new[0]) + [*harmony._renderer.reply_start]
+        tail = [*harmony._renderer.message(new[0]), *harmony._renderer.reply_start]
         assert list(prompt.token_ids[-len(tail) :]) == tail
         if prompt.extends:
             assert prompt.token_ids[: len(seen)] == seen
