@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from numbers import Real
 from pathlib import PurePath
 from typing import Any, NoReturn
 
@@ -123,7 +124,7 @@ class _Episode:
         self.first_messages: tuple[Message, ...] = ()
         self.turns: list[Turn] = []
         self.reward = 0.0
-        self.reward_parts: Counter[str] = Counter()
+        self.reward_parts: Counter[str] = Counter()  # sums of floats
         self.metrics: Counter[str] = Counter()
         self.success: bool | None = None
 
@@ -224,8 +225,8 @@ class _Episode:
             self.turns[-1] = replace(turn, env_s=time.perf_counter() - begin)
         self.turns[-1] = replace(self.turns[-1], observation=tuple(step.messages))
         self.reward += float(step.reward)
-        self.reward_parts.update(step.reward_parts)
-        self.metrics.update(step.metrics)
+        self.reward_parts.update({name: float(value) for name, value in step.reward_parts.items()})
+        self.metrics.update({name: float(value) for name, value in step.metrics.items()})
         if step.success is not None:
             self.success = bool(step.success)
         return reply, step
@@ -277,7 +278,7 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)  # Real: numpy's numbers, too
 
 
 def told(error: BaseException) -> str:

@@ -112,7 +112,7 @@ def trajectory_from_json(value: Mapping[str, Any]) -> Trajectory:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old one, the new one or none, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer: a kill leaves at most this one
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -80,8 +80,8 @@ class _OpenSegment:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.cuts: list[TokenSpan] = []  # spans so far, without routes
-        self._routes: Routes | None = None  # shape of a row; its data grows in `_rows`
-        self._rows: list[bytes | None] = []
+        self._row: Routes | None = None  # one row of no known route: the shape of all of them
+        self._routes = bytearray()  # of positions 0 to the last that was given any
 
     def append(
         self,
@@ -97,33 +97,31 @@ class _OpenSegment:
         self.cuts.append(TokenSpan(tuple(token_ids), origin, logprobs, policy_version, sampling))
 
     def add_routes(self, start: int, routes: Routes) -> None:
-        if start < 0 or start + routes.num_tokens > len(self.token_ids):
+        end = start + routes.num_tokens
+        if start < 0 or end > len(self.token_ids):
             raise TokenRecordError(
-                f"the engine gave routes for positions {start} to {start + routes.num_tokens - 1} of a sequence of "
-                f"{len(self.token_ids)} tokens"
+                f"the engine gave routes for positions {start} to {end - 1} of {len(self.token_ids)} tokens"
             )
-        if self._routes is None:
-            self._routes = routes
-        elif (routes.num_layers, routes.top_k) != (self._routes.num_layers, self._routes.top_k):
-            raise TokenRecordError(f"the engine gave routes of shape {routes.shape} after {self._routes.shape}")
-        self._rows.extend([None] * (start + routes.num_tokens - len(self._rows)))
-        size = routes.row_bytes
-        for row in range(routes.num_tokens):
-            if self._rows[start + row] is None:
-                self._rows[start + row] = routes.data[row * size : (row + 1) * size]
+        if self._row is None:
+            self._row = Routes.missing(1, routes.num_layers, routes.top_k)
+        elif (routes.num_layers, routes.top_k) != (self._row.num_layers, self._row.top_k):
+            raise TokenRecordError(f"the engine gave routes of shape {routes.shape} after {self._row.shape}")
+        known = len(self._routes) // routes.row_bytes
+        if known < start:
+            self._routes += self._row.data * (start - known)
+        if known < end:
+            self._routes += routes.data[max(0, known - start) * routes.row_bytes :]
 
     def close(self) -> Segment:
-        if self._routes is None:
+        if self._row is None:
             return Segment(tuple(self.cuts))
-        layers, top_k = self._routes.num_layers, self._routes.top_k
-        missing = Routes.missing(1, layers, top_k).data
-        rows = [missing if row is None else row for row in self._rows]
-        rows.extend([missing] * (len(self.token_ids) - len(rows)))
+        layers, top_k, size = self._row.num_layers, self._row.top_k, self._row.row_bytes
+        data = bytes(self._routes) + self._row.data * (len(self.token_ids) - len(self._routes) // size)
         spans = []
         start = 0
         for cut in self.cuts:
-            data = b"".join(rows[start : start + len(cut)])
-            routes = Routes(data, len(cut), layers, top_k)
+            end = start + len(cut)
+            routes = Routes(data[start * size : end * size], len(cut), layers, top_k)
             spans.append(TokenSpan(cut.token_ids, cut.origin, cut.logprobs, cut.policy_version, cut.sampling, routes))
-            start += len(cut)
+            start = end
         return Segment(tuple(spans))

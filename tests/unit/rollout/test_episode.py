@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from keel.chat.base import Reply
@@ -261,6 +263,18 @@ def test_the_environments_failure_is_never_a_reward(
 class Hanging(Echo):
     def __init__(self, event: threading.Event) -> None:
         super().__init__(lambda reply: event.wait())
+
+
+def test_numbers_of_numpy_are_numbers(letter_chat: Any, replay_engine: Any) -> None:
+    def act(reply: Reply) -> Step:
+        return Step(done=True, reward=np.float32(0.5), reward_parts={"a": np.float32(0.5)}, metrics={"b": np.int64(2)})
+
+    done = play(Echo(act), replay_engine(replies("final:yes")), letter_chat())
+    assert json.loads(json.dumps([done.reward, dict(done.reward_parts), dict(done.metrics)])) == [
+        0.5,
+        {"a": 0.5},
+        {"b": 2.0},
+    ]
 
 
 class HangingAsync(Echo):
