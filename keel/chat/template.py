@@ -13,8 +13,7 @@ and encoded as ordinary text. In what the world says (user, tool, system) that g
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from keel.chat.base import Prompt, Reply
@@ -25,14 +24,13 @@ from keel.chat.template_calls import (
     read_messages,
     write_call,
 )
+from keel.chat.template_shield import Shield, any_of
 from keel.chat.tokenizer import ChatFormatError, as_chat_tokenizer
 from keel.types import Message, ToolSpec
 
-# Private-use characters: no template touches them, and text that has them gets others (see `_Shield`).
-_FENCE = "\ue5a0"
+# Made of characters that `Shield` keeps out of every message, so a rendering has them only where they were put.
 _PLACEHOLDER = "\ue5a1keel-reply\ue5a1"
 _THOUGHTS = "\ue5a2keel-thoughts\ue5a2"
-_RESERVED = re.compile("[\ue5a0-\ue5a2]")
 
 
 class TemplateChat:
@@ -50,10 +48,9 @@ class TemplateChat:
             raise ChatFormatError(
                 'chat.format "template": the tokenizer has no chat template; set one, or use another format'
             )
-        names = sorted(self.tokenizer.added_tokens, key=len, reverse=True)
-        special = [name for name in names if self.tokenizer.added_tokens[name] in self.tokenizer.special_ids]
-        self._any_added = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._any_special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        special = [name for name, number in self.tokenizer.added_tokens.items() if number in self.tokenizer.special_ids]
+        self._any_added, self._any_special = any_of(self.tokenizer.added_tokens), any_of(special)
+        self._differ: bool | None = None
         self._end_name, self._end_id = self._probe()
 
     @property
@@ -62,7 +59,7 @@ class TemplateChat:
         return (self._end_id,) if eos is None or eos == self._end_id else (self._end_id, eos)
 
     def start(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Prompt:
-        return Prompt(tuple(self._encode(*self._render(messages, tools, generate=True))), extends=False)
+        return Prompt(tuple(self._render(messages, tools)), extends=False)
 
     def extend(
         self,
@@ -78,7 +75,7 @@ class TemplateChat:
         """
         before, reply = _split_reply(history)
         thought = any(message.channel == "analysis" for message in reply)
-        shield, schemas = _Shield(self), _schemas(tools)
+        shield, schemas = self._shield(), _schemas(tools)
         earlier, later = self._convert(before, shield), self._convert(new, shield)
         calls = [message for message in reply if message.recipient is not None]
         stand_in = self._turn(_PLACEHOLDER, _THOUGHTS if thought else "", calls, shield)
@@ -86,16 +83,15 @@ class TemplateChat:
         first = render(earlier, schemas, generate=False) if earlier else ""
         whole = render([*earlier, stand_in, *later], schemas, generate=True)
         changed = self._what_changed(first, whole, thought=thought)
-        if not changed and calls and not self._ends_alike(render([*earlier, stand_in], schemas, generate=False), whole):
+        if not changed and calls and self._tool_turns_differ():
             changed = "the end of the reply: the template writes it elsewhere once its calls are answered"
         if changed:
-            ids = self._encode(*self._render([*history, *new], tools, generate=True))
-            return Prompt(tuple(ids), extends=False, dropped=(changed,))
+            return Prompt(tuple(self._render([*history, *new], tools)), extends=False, dropped=(changed,))
         _, end, tail = self._after_reply(whole)
         seen = tuple(token_ids)
         if not seen or seen[-1] != self._end_id:
             tail = end + tail
-        return Prompt((*seen, *self._encode(tail, shield)), extends=True)
+        return Prompt((*seen, *shield.encode(self.tokenizer, tail)), extends=True)
 
     def demonstrate(self, message: Message, last: bool) -> tuple[int, ...]:
         """The tokens a perfect policy draws for `message`; demonstrations of one reply's messages are laid end to end.
@@ -112,8 +108,8 @@ class TemplateChat:
             text = f"{opening}{message.content}\n</think>\n\n"
         else:
             text = message.content + ("" if last else "\n")
-        shield = _Shield(self)
-        ids = self._encode(shield.assistant(text), shield)
+        shield = self._shield()
+        ids = shield.encode(self.tokenizer, shield.assistant(text))
         return (*ids, self._end_id) if last else tuple(ids)
 
     def parse(self, token_ids: Sequence[int]) -> Reply:
@@ -158,6 +154,29 @@ class TemplateChat:
             )
         return found.group(), self.tokenizer.added_tokens[found.group()]
 
+    def _tool_turns_differ(self) -> bool:
+        """Whether a reply with calls ends, calls inside, in the same way before and after they are answered. Some
+        templates put the answers in front of the end, or the calls behind it; a difference of renderings would lose or
+        repeat them. Asked once. Raises ChatFormatError if the template writes nothing of an answer at all.
+        """
+        if self._differ is None:
+            call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+            asked: list[dict[str, Any]] = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": _PLACEHOLDER, "tool_calls": [call]},
+            ]
+            answered = [*asked, {"role": "tool", "name": "f", "content": _THOUGHTS}]
+            alone = self.tokenizer.render_template(asked, (), generate=False)
+            whole = self.tokenizer.render_template(answered, (), generate=True)
+            if _THOUGHTS not in whole:
+                raise ChatFormatError(
+                    "chat template: it writes nothing of a message with role 'tool'; set another chat_template"
+                )
+            calls, end, rest = self._after_reply(alone)
+            inside = calls == self._after_reply(whole)[0] and not self._any_special.search(rest)
+            self._differ = _PLACEHOLDER in whole and not (end and inside)
+        return self._differ
+
     def _what_changed(self, first: str, whole: str, *, thought: bool) -> str | None:
         if whole.count(_PLACEHOLDER) != 1:
             return "the reply: the template does not repeat it as it was"
@@ -174,25 +193,23 @@ class TemplateChat:
         """What follows the placeholder: calls, the token that ends the reply, and the rest."""
         return rendered.partition(_PLACEHOLDER)[2].partition(self._end_name)
 
-    def _ends_alike(self, alone: str, whole: str) -> bool:
-        """Does a reply with calls end the same with nothing behind it, calls inside? Some templates put the answers in
-        front of the end, or the calls behind it; a difference of renderings would lose or repeat them."""
-        calls, end, rest = self._after_reply(alone)
-        return bool(end) and calls == self._after_reply(whole)[0] and not self._any_special.search(rest)
+    def _shield(self) -> Shield:
+        return Shield(self._any_added, self._any_special)
 
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generate: bool
-    ) -> tuple[str, _Shield]:
-        shield = _Shield(self)
+    def _render(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
+        """Tokens of a whole conversation, up to the start of the next reply."""
+        shield = self._shield()
         converted = self._convert(messages, shield)
-        return self.tokenizer.render_template(converted, _schemas(tools), generate=generate), shield
+        return shield.encode(self.tokenizer, self.tokenizer.render_template(converted, _schemas(tools), generate=True))
 
-    def _convert(self, messages: Sequence[Message], shield: _Shield) -> list[dict[str, Any]]:
+    def _convert(self, messages: Sequence[Message], shield: Shield) -> list[dict[str, Any]]:
         """Keel's messages as a template wants them: one entry per turn, thoughts and calls inside the assistant's."""
         converted: list[dict[str, Any]] = []
         place = 0
         while place < len(messages):
             message = messages[place]
+            if message.role == "tool":
+                self._tool_turns_differ()
             if message.role != "assistant":
                 role = "system" if message.role == "developer" else message.role
                 entry = {"role": role, "content": shield.world(message.content)}
@@ -212,7 +229,7 @@ class TemplateChat:
             place = stop
         return converted
 
-    def _turn(self, content: str, thoughts: str, calls: Sequence[Message], shield: _Shield) -> dict[str, Any]:
+    def _turn(self, content: str, thoughts: str, calls: Sequence[Message], shield: Shield) -> dict[str, Any]:
         """An assistant's turn as a template wants it."""
         if thoughts and not self._knows_thoughts:
             content, thoughts = f"<think>\n{thoughts}\n</think>\n\n{content}", ""
@@ -231,53 +248,6 @@ class TemplateChat:
                 for call in calls
             ]
         return entry
-
-    def _encode(self, text: str, shield: _Shield) -> list[int]:
-        """Tokens of a rendering: a template's text between fences, ordinary text inside them."""
-        if not shield.hidden:
-            return self.tokenizer.encode_markup(text)
-        ids: list[int] = []
-        for place, part in enumerate(text.split(_FENCE)):
-            if place % 2:
-                ids += self.tokenizer.encode(shield.hidden[int(part)])
-            elif part:
-                ids += self.tokenizer.encode_markup(part)
-        return ids
-
-
-class _Shield:
-    """Takes what must stay ordinary text out of messages before a template sees them, and remembers it.
-
-    A hidden piece is written as its number between two fences. A message that holds a fence itself has that hidden too.
-    """
-
-    def __init__(self, chat: TemplateChat) -> None:
-        self.hidden: list[str] = []
-        self._any_added = chat._any_added
-        self._any_special = chat._any_special
-
-    def world(self, text: str) -> str:
-        return self._hide(self._any_added, text)
-
-    def assistant(self, text: str) -> str:
-        return self._hide(self._any_special, text)
-
-    def values(self, value: Any) -> Any:
-        """The same for every string inside a call's arguments."""
-        if isinstance(value, str):
-            return self.assistant(value)
-        if isinstance(value, Mapping):
-            return {self.assistant(key): self.values(item) for key, item in value.items()}
-        return [self.values(item) for item in value] if isinstance(value, list) else value
-
-    def _hide(self, pattern: re.Pattern[str], text: str) -> str:
-        if not pattern.search(text) and not _RESERVED.search(text):
-            return text
-        return re.sub(f"{_RESERVED.pattern}|{pattern.pattern}", self._fence, text)
-
-    def _fence(self, found: re.Match[str]) -> str:
-        self.hidden.append(found.group())
-        return f"{_FENCE}{len(self.hidden) - 1}{_FENCE}"
 
 
 def _schemas(tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:

@@ -284,6 +284,11 @@ def test_templates_that_cannot_serve_are_refused(chatml_tokenizer, harmony_token
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     with pytest.raises(ChatFormatError, match="no special token follows"):
         TemplateChat(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'tool' %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    with pytest.raises(ChatFormatError, match="nothing of a message with role 'tool'"):
+        TemplateChat(tokenizer).start([QUESTION, CALL, ANSWER], [])
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(ChatFormatError, match="no such role"):
         TemplateChat(tokenizer)
