@@ -7,7 +7,8 @@ SEED ?= 0
 # Extra arguments for pip and for pytest, say PIP_ARGS="--index-url ..." or TESTS="tests/unit -k config".
 PIP_ARGS ?=
 TESTS ?= tests
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Twice quiet: errors only. An index that lacks a package is not news.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # One thread per process: torch's threads of several test processes would stand in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
