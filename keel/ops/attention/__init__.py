@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keel.ops.attention.decode import attend_cache, visible_mask
+from keel.ops.attention.decode import attend_cache, attend_cache_part, visible_mask
 from keel.ops.attention.function import (
     BACKENDS,
     REFERENCE,
@@ -25,6 +25,7 @@ __all__ = [
     "Span",
     "apply_sinks",
     "attend_cache",
+    "attend_cache_part",
     "build_layout",
     "choose_backend",
     "dense_attention",

@@ -49,8 +49,25 @@ def attend_cache(
     Row (b, i) stands at `positions` [B, n] and sees cache positions p <= positions[b, i] with positions[b, i] - p <
     window. A negative position sees nothing and gives zeros. `mask` is `visible_mask` of the same positions, capacity,
     window, group and type, made once for all layers. What lies in the cache must be finite (start it with zeros): a
-    weight of zero cannot silence a NaN. Raises ValueError on shapes that do not fit.
+    weight of zero cannot silence a NaN. Raises ValueError on shapes that do not fit, AttentionBackendError off the CPU.
     """
+    if mask is None:
+        group = q.shape[2] // k_cache.shape[1]
+        mask = visible_mask(positions, capacity=k_cache.shape[2], window=window, group=group, dtype=q.dtype)
+    out, lse = attend_cache_part(q, k_cache, v_cache, scale=scale, mask=mask)
+    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+
+
+@torch.no_grad()
+def attend_cache_part(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    scale: float,
+    mask: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain (out [B, n, H, D], lse [B, n, H]) over one part of a cache, to be merged or given its sink; see above."""
     batch, rows, heads, size = q.shape
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     if k_cache.shape != (batch, kv_heads, capacity, size) or v_cache.shape != k_cache.shape or heads % kv_heads:
@@ -60,15 +77,12 @@ def attend_cache(
         )
     if q.device.type != "cpu":
         raise AttentionBackendError(f"attend_cache has a backend for cpu only, the tensors are on {q.device}")
-    group = heads // kv_heads
-    if mask is None:
-        mask = visible_mask(positions, capacity=capacity, window=window, group=group, dtype=q.dtype)
     additive, empty = mask
+    group = heads // kv_heads
     # [B, n, K, G, D] -> [B, K, G * n, D]: row g * n + i is query i of the group's head g.
     query = q.view(batch, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
     out, lse = _kernel(query, k_cache, v_cache, 0.0, False, attn_mask=additive, scale=scale)
     out = out.reshape(batch, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, size)
     lse = lse.reshape(batch, kv_heads, group, rows).permute(0, 3, 1, 2).reshape(batch, rows, heads)
     # The kernel says (0, 0) for a row that sees nothing; nothing seen is (0, -inf).
-    lse = lse.masked_fill(empty.unsqueeze(-1), float("-inf"))
-    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+    return out, lse.masked_fill(empty.unsqueeze(-1), float("-inf"))

@@ -132,10 +132,8 @@ def build_layout(spans: tuple[Span, ...], window: int | None, num_query_rows: in
             short_keys = piece.num_keys if piece.num_keys < reach else 0
             key = (piece.offset, _round_up(piece.num_queries), short_keys)
             groups.setdefault(key, []).append(piece)
-    # Cached tensors outlive the caller's mode: one born in inference mode could not be used in training.
-    with torch.inference_mode(False):
-        buckets = tuple(_bucket(pieces, key, window) for key, pieces in sorted(groups.items()))
-        return _with_slots(spans, window, num_query_rows, num_key_rows, buckets)
+    buckets = tuple(_bucket(pieces, key, window) for key, pieces in sorted(groups.items()))
+    return _with_slots(spans, window, num_query_rows, num_key_rows, buckets)
 
 
 def _check_span(span: Span, num_query_rows: int, num_key_rows: int) -> None:

@@ -121,11 +121,11 @@ def loss_gradients(model: nn.Module, real: torch.Tensor, **inputs: Any) -> tuple
     return logits.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("side", ["left", "right", "none"])
+@pytest.mark.parametrize("side", ["left", "left with positions", "right", "none"])
 def test_padded_batches_equal_transformers_at_real_tokens(pair: tuple[nn.Module, nn.Module], side: str) -> None:
-    mask = padding(side)
+    mask = padding(side.partition(" ")[0])
     inputs = {"input_ids": tokens(4), "attention_mask": mask}
-    if side == "left":
+    if side == "left with positions":
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     (want, want_gradients), (got, got_gradients) = (loss_gradients(model, mask, **inputs) for model in pair)
     assert (got - want).abs().max() < 1e-12 * want.abs().max()

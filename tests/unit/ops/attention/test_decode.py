@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from keel.ops.attention import Span, attend_cache, build_layout, dense_attention, visible_mask
+from keel.ops.attention import (
+    Span,
+    apply_sinks,
+    attend_cache,
+    attend_cache_part,
+    build_layout,
+    dense_attention,
+    visible_mask,
+)
 
 HEADS, KV_HEADS, SIZE, CAPACITY, SCALE = 6, 2, 10, 96, 0.3
 SINKS = (-20.0, -3.0, 0.0, 1.5, 7.0, 20.0)
@@ -45,6 +53,25 @@ def test_a_row_that_is_not_in_use_is_zero_with_and_without_sinks() -> None:
         out = attend_cache(**{**given, "sinks": sinks}, scale=SCALE, window=None)
         assert (out[4, 1:] == 0).all()
         assert (out[4, 0] != 0).any()
+
+
+def test_two_parts_of_a_cache_merge_into_the_whole() -> None:
+    """Rows that see nothing of the newer part must count as (0, -inf) there, or the merge is off."""
+    given = inputs(torch.float64)
+    cut = 32
+    parts = []
+    for start, stop in ((0, cut), (cut, CAPACITY)):
+        mask = visible_mask(
+            given["positions"] - start, capacity=stop - start, window=None, group=HEADS // KV_HEADS, dtype=torch.float64
+        )
+        keys, values = given["k_cache"][:, :, start:stop], given["v_cache"][:, :, start:stop]
+        parts.append(attend_cache_part(given["q"], keys, values, scale=SCALE, mask=mask))
+    (old, old_lse), (new, new_lse) = parts
+    assert (new_lse[0] == float("-inf")).all()
+    lse = torch.logaddexp(old_lse, new_lse)
+    share = [torch.exp(part_lse - lse).nan_to_num().unsqueeze(-1) for part_lse in (old_lse, new_lse)]
+    merged, _ = apply_sinks(old * share[0] + new * share[1], lse, given["sinks"])
+    assert (merged - attend_cache(**given, scale=SCALE, window=None)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
