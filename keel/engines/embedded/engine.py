@@ -209,7 +209,7 @@ class EmbeddedEngine:
             await asyncio.gather(driver, return_exceptions=True)
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start: passes of each kind, tokens drawn, prompt tokens copied instead of fed."""
+        """Counts since the start: passes of each kind, tokens drawn, prompt tokens copied (or left in place) instead of fed."""
         passes = self._passes.num_passes
         return {
             "decode_passes": passes["decode"],

@@ -33,7 +33,7 @@ def seed_state(seed: int) -> int:
 
 
 def uniforms(seed_states: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1), multiples of 2^-52, made of (seed, position) alone.
+    """Uniform numbers strictly inside (0, 1), odd multiples of 2^-52, made of (seed, position) alone.
 
     `seed_states [R]` uint64 from `seed_state`, `positions [R]` integer, the token's place in its sequence. Counter-
     based: the finalizer of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) at
@@ -41,7 +41,7 @@ def uniforms(seed_states: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """
     counter = positions.astype(np.uint64) + np.uint64(1)
     mixed = _mix(seed_states + counter * np.uint64(_GAMMA))
-    return (mixed >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    return ((mixed >> np.uint64(13)).astype(np.float64) + 0.5) * 2.0**-51
 
 
 def draw(

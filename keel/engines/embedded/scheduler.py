@@ -134,6 +134,7 @@ class Scheduler:
         source, length = table.common_beginning(token_ids[:-1], self.epoch, favourite=slot, without=without)
         length -= length % self.chunk
         kept = length if source == slot else 0
+        self.num_shared += kept
         table.epoch[slot] = self.epoch
         table.fed[slot] = table.shareable[slot] = kept
         table.planned[slot] = len(token_ids)
