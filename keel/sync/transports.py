@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from keel.sync.base import SyncError
 
 WEIGHTS_FILE = "weights.safetensors"
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (only ever used through mkdtemp)
 NAMES_SHOWN = 8
 _DTYPE_NAMES = {
     "F64": torch.float64,
@@ -51,7 +51,7 @@ def write_weights(location: str | Path, tensors: Mapping[str, torch.Tensor], *, 
     host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         save_file(_unshared(host), str(unfinished), metadata={"version": json.dumps(version)})
-        os.replace(unfinished, final)
+        unfinished.replace(final)
     finally:
         unfinished.unlink(missing_ok=True)
     return final
@@ -124,7 +124,7 @@ def _check_names(found: set[str], wanted: set[str], path: Path) -> None:
 def _check_shapes(file: safe_open, into: Mapping[str, torch.Tensor], path: Path) -> None:
     problems = []
     for name, target in into.items():
-        header = file.get_slice(name)
+        header = file.get_slice(name)  # type: ignore[no-untyped-call]
         shape, dtype = tuple(header.get_shape()), _DTYPE_NAMES.get(str(header.get_dtype()))
         if shape != tuple(target.shape) or dtype != target.dtype:
             problems.append(f"{name} is {dtype} {list(shape)}, the engine's is {target.dtype} {list(target.shape)}")

@@ -11,7 +11,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from keel.engines.base import (
     EngineCapabilities,
@@ -25,13 +24,17 @@ from keel.engines.base import (
 from keel.engines.embedded.cache import SlotCache
 from keel.engines.embedded.checks import problem_with, refusal
 from keel.engines.embedded.passes import Passes, evaluation_mode, whole_rows
-from keel.engines.embedded.sampling import draw, logprobs_of, seed_state, uniforms
+from keel.engines.embedded.results import as_routes, keep_routes, result_of
+from keel.engines.embedded.sampling import draw, seed_state, uniforms
 from keel.engines.embedded.scheduler import Scheduler
+from keel.engines.embedded.scoring import Scorer
 from keel.engines.embedded.slots import Job, SlotTable
 from keel.sync.transports import read_weights
-from keel.types import FinishReason, Routes
+from keel.types import FinishReason
 
 if TYPE_CHECKING:
+    import torch
+
     from keel.config import EngineConfig
     from keel.models.policy import PolicyModel
 
@@ -93,7 +96,7 @@ class EmbeddedEngine:
         self._scheduler = Scheduler(self._table, config.slots, chunk, tile_rows // chunk)
         self._scheduler.version = version
         self._driver: asyncio.Task[None] | None = None
-        self._scoring: list[asyncio.Future[None]] = []
+        self._scorer = Scorer(policy, self._passes, lambda: self._scheduler.epoch)
         self._paused = False
         self._failure: str | None = None
         self._closed = False
@@ -136,11 +139,9 @@ class EmbeddedEngine:
                 f"score: {len(token_ids)} tokens; it takes 1 to {self.capacity}, each below {top}. "
                 "Raise engine.max_sequence_tokens or score a shorter sequence"
             )
-        place = await self._take_score_slot()
-        try:
-            return await self._score(np.asarray(token_ids, dtype=np.int64))
-        finally:
-            self._leave_score_slot(place)
+        logprobs, routes = await self._scorer.score(np.asarray(token_ids, dtype=np.int64))
+        self._check_alive()
+        return ScoreResult(logprobs, as_routes(routes, len(token_ids), self._cache), self._scheduler.version)
 
     async def end_session(self, session_id: str) -> None:
         """Free what the session holds; a request of it that is still running ends with "abort"."""
@@ -168,7 +169,7 @@ class EmbeddedEngine:
         if source.kind == "file":
             read_weights(source.location, dict(self.policy.model.named_parameters()))
         for job in self._scheduler.jobs():
-            self._keep_routes(job)
+            keep_routes(job, self._table, self._cache)
             if job.slot >= 0:
                 self._cache.wipe(job.slot)
         self._scheduler.invalidate(version)
@@ -209,7 +210,7 @@ class EmbeddedEngine:
             await asyncio.gather(driver, return_exceptions=True)
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start: passes of each kind, tokens drawn, prompt tokens copied (or left in place) instead of fed."""
+        """Counts since the start: passes of each kind, tokens drawn, prompt tokens copied or left in place."""
         passes = self._passes.num_passes
         return {
             "decode_passes": passes["decode"],
@@ -287,88 +288,11 @@ class EmbeddedEngine:
             else:
                 scheduler.finish(ended.job)
 
-    # ---- results
-
     def _settle(self, job: Job, reason: FinishReason) -> None:
-        """Give the job's future its result: what was drawn, why it ended, the routes of what was fed."""
-        if job.future.done():
-            return
-        place = len(job.request.token_ids)
-        spans = self._table.drawn_spans(job) if job.slot >= 0 else ()
-        drawn = sum(len(span.token_ids) for span in spans)
-        error = None
-        if reason == "error":
-            error = f"logits were not finite at position {place + drawn} (policy version {self._scheduler.version})"
-        result = GenerateResult(
-            request_id=job.request.request_id,
-            spans=spans,
-            finish_reason=reason,
-            sampling=job.request.sampling,
-            num_cached_tokens=job.num_cached,
-            routes_start=job.num_cached,
-            routed_experts=self._routes_of(job),
-            error=error,
-        )
-        job.future.set_result(result)
-
-    def _routes_of(self, job: Job) -> Routes | None:
-        if not job.request.return_routes or self._cache.routes is None or job.slot < 0:
-            return None
-        start = job.num_cached + job.num_old_routes
-        stop = max(start, int(self._table.fed[job.slot]))
-        return self._as_routes(job.old_routes + self._cache.read_routes(job.slot, start, stop), stop - job.num_cached)
-
-    def _as_routes(self, data: bytes, num_tokens: int) -> Routes:
-        return Routes(data, num_tokens, self.policy.info.num_moe_layers, self.policy.info.top_k)
-
-    def _keep_routes(self, job: Job) -> None:
-        """Put aside the routes with which tokens were drawn, before the tokens are fed again under new weights."""
-        if job.slot < 0 or not job.request.return_routes or self._cache.routes is None:
-            return
-        start, fed = job.num_cached + job.num_old_routes, int(self._table.fed[job.slot])
-        if int(self._table.known[job.slot]) > job.num_prompt and fed > start:
-            job.old_routes += self._cache.read_routes(job.slot, start, fed)
-            job.num_old_routes += fed - start
-
-    # ---- scoring
-
-    async def _score(self, token_ids: np.ndarray) -> ScoreResult:
-        scheduler, tile = self._scheduler, self._passes.tile_rows
-        epoch, parts, start = scheduler.epoch, [], 0
-        while start < len(token_ids):
-            stop = min(start + tile, len(token_ids))
-            with evaluation_mode(self.policy):
-                hidden = self._passes.score_tile(token_ids[start:stop], start)
-                labels = torch.from_numpy(token_ids[start + 1 : stop + 1]).to(hidden.device)
-                parts.append(logprobs_of(self._passes.logits(hidden)[: len(labels)], labels))
-            start = stop
-            await asyncio.sleep(0)
-            if scheduler.epoch != epoch:
-                epoch, parts, start = scheduler.epoch, [], 0
-        self._check_alive()
-        routes = None
-        if self._cache.routes is not None:
-            data = self._cache.read_routes(self._cache.score_slot, 0, len(token_ids))
-            routes = self._as_routes(data, len(token_ids))
-        return ScoreResult(tuple(np.concatenate(parts).tolist()), routes, scheduler.version)
-
-    async def _take_score_slot(self) -> asyncio.Future[None]:
-        """Wait until nobody scores. (asyncio.Lock would tie the engine to one event loop.)"""
-        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._scoring.append(mine)
-        if self._scoring[0] is not mine:
-            try:
-                await mine
-            except asyncio.CancelledError:
-                self._leave_score_slot(mine)
-                raise
-        return mine
-
-    def _leave_score_slot(self, mine: asyncio.Future[None]) -> None:
-        was_first = self._scoring[0] is mine
-        self._scoring.remove(mine)
-        if was_first and self._scoring:
-            self._scoring[0].set_result(None)
+        """Give the job's future its result."""
+        if not job.future.done():
+            version = self._scheduler.version
+            job.future.set_result(result_of(job, reason, self._table, self._cache, version))
 
     # ---- failure
 

@@ -61,7 +61,12 @@ def _random_episode(
     first = random.Random(number if prompt_of is None else prompt_of)
     contexts = [tuple(first.randrange(vocab_size) for _ in range(first.randint(1, 30)))]
     contexts += [tuple(draw.randrange(vocab_size) for _ in range(draw.randint(1, 12))) for _ in range(turns - 1)]
-    settings = [SamplingSettings(), SamplingSettings(0.7, 0.9, 20), SamplingSettings(1.3, 1.0, 5), SamplingSettings(0.0)]
+    settings = [
+        SamplingSettings(),
+        SamplingSettings(0.7, 0.9, 20),
+        SamplingSettings(1.3, 1.0, 5),
+        SamplingSettings(0.0),
+    ]
     return Episode(
         f"episode {number}",
         tuple(contexts),

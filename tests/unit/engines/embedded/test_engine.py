@@ -246,7 +246,7 @@ def test_those_who_wait_for_a_copy_of_a_cancelled_prompt_compute_it_themselves(m
         tasks = [asyncio.create_task(engine.generate(ask(long, session=name))) for name in "abcd"]
         await engine.pause()
         await turns_of_the_loop(1)
-        engine._scheduler.admit()  # noqa: SLF001  (admitted, not yet prefilled: all wait for the first)
+        engine._scheduler.admit()
         tasks[0].cancel()
         await turns_of_the_loop(2)
         await engine.resume()
@@ -411,9 +411,7 @@ def test_one_request_with_bad_logits_ends_alone_and_leaves_nothing_behind(make_e
         bad = engine.generate(ask((*PROMPT[:9], 310, 12), session="bad"))
         results = list(await asyncio.gather(bad, engine.generate(ask(session="good"))))
         await engine.end_session("good")
-        for _ in range(3):  # whatever slot they get
-            results.append(await engine.generate(ask(session="")))
-        return results
+        return results + [await engine.generate(ask(session="")) for _ in range(3)]  # whatever slot they get
 
     bad, *others = asyncio.run(main())
     assert bad.finish_reason == "error"
@@ -432,10 +430,10 @@ def test_a_cancelled_request_that_was_not_finite_leaves_nothing_behind(make_engi
         # Two tiles and a half: cancelled between the passes of its prefill, before any logit is looked at.
         task = asyncio.create_task(engine.generate(ask((310,) * 80, session="bad")))
         await turns_of_the_loop(1)
-        engine._scheduler.admit()  # noqa: SLF001
-        chunks = engine._scheduler.next_tile()  # noqa: SLF001
-        engine._passes.prefill(chunks)  # noqa: SLF001
-        engine._scheduler.tile_done(chunks)  # noqa: SLF001
+        engine._scheduler.admit()
+        chunks = engine._scheduler.next_tile()
+        engine._passes.prefill(chunks)
+        engine._scheduler.tile_done(chunks)
         task.cancel()
         return await engine.generate(ask(session=""))
 
@@ -512,3 +510,27 @@ def test_an_interrupted_event_loop_leaves_a_usable_engine(make_engine: Make) -> 
 
     asyncio.run(main())  # ends with the request under way, which asyncio.run then cancels
     assert asyncio.run(engine.generate(ask(session=""))) == wanted
+
+
+def test_scoring_what_is_not_finite_fails_alone_and_leaves_nothing_behind(make_engine: Make) -> None:
+    engine = make_engine(fresh=True)
+    good = asyncio.run(engine.score(PROMPT))
+    poison(engine, 310)
+    with pytest.raises(EngineError, match="not finite"):
+        asyncio.run(engine.score((*PROMPT, 310, 5, 6)))
+    assert asyncio.run(engine.score(PROMPT)) == good
+
+
+def test_those_who_wait_to_score_get_their_turn_when_one_gives_up(make_engine: Make) -> None:
+    engine = make_engine()
+    wanted = asyncio.run(engine.score(PROMPT))
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(engine.score(tuple(range(80)))) for _ in range(3)]
+        last = asyncio.create_task(engine.score(PROMPT))
+        await turns_of_the_loop(2)
+        tasks[1].cancel()
+        tasks[0].cancel()
+        assert await last == wanted
+
+    asyncio.run(main())

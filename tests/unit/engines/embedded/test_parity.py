@@ -22,7 +22,9 @@ Make = Callable[..., EmbeddedEngine]
 def eager(engine: EmbeddedEngine) -> Any:
     path = engine.policy.model.config._name_or_path
     experts = {"experts_implementation": "eager"} if engine.policy.info.num_experts else {}
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32, **experts).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", dtype=torch.float32, **experts
+    ).eval()
 
 
 def unpack(routes: Routes) -> np.ndarray:
@@ -39,7 +41,7 @@ def test_logprobs_and_routes_are_those_of_a_plain_forward_pass(
     model = eager(engine)
     for number in (0, 4, 8):
         episode = random_episode(number, vocab_size, turns=3)
-        object.__setattr__(episode, "sampling", SamplingSettings(temperature=temperature))
+        episode = dataclasses.replace(episode, sampling=SamplingSettings(temperature))
         tokens: list[int] = []
         drawn: dict[int, float] = {}
         routes = []
@@ -94,6 +96,8 @@ def test_greedy_is_what_transformers_generates(make_engine: Make) -> None:
     request = GenerateRequest("r", "", prompt, SamplingSettings(temperature=0.0), 40, (), 0)
     result = asyncio.run(engine.generate(request))
     model = eager(engine)
-    wanted = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
+    wanted = model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
+    )
     assert result.token_ids == tuple(wanted[0, len(prompt) :].tolist())
     assert result.spans[0].logprobs == (0.0,) * 40

@@ -123,7 +123,7 @@ def test_whatever_happens_every_request_ends_and_every_slot_comes_back(
     for session in list(world.scheduler.slot_of):
         world.scheduler.end_session(session)
     assert (world.table.state == FREE).all()
-    assert sorted(world.scheduler._free) == list(range(num_slots))  # noqa: SLF001
+    assert sorted(world.scheduler._free) == list(range(num_slots))
 
 
 def test_chunks_are_cut_by_the_requests_own_positions() -> None:

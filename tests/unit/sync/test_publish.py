@@ -1,0 +1,81 @@
+"""Publishing: which way weights go, and what happens when a place is full. Real files, an engine that only listens."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from keel.sync import publish as publish_module
+from keel.sync.base import SyncError, WeightSource
+from keel.sync.publish import publish, publish_async
+from keel.sync.transports import read_weights, write_weights
+
+
+class Listener:
+    """The receiving end of an engine."""
+
+    def __init__(self, *, shares: bool = False, sources: tuple[str, ...] = ("file",)) -> None:
+        self.weight = torch.zeros(3)
+        self.shares, self.sources = shares, sources
+        self.loaded: list[tuple[WeightSource, int]] = []
+
+    def capabilities(self) -> Any:
+        return SimpleNamespace(name="listener", shares_weights=self.shares, weight_sources=self.sources)
+
+    async def load_weights(self, source: WeightSource, version: int) -> None:
+        self.loaded.append((source, version))
+        if source.kind == "file":
+            read_weights(source.location, {"w": self.weight})
+
+
+class Sender:
+    def __init__(self, *, full: tuple[str, ...] = ()) -> None:
+        self.full = full
+        self.tried: list[str] = []
+
+    def weights_to(self, source: WeightSource) -> None:
+        self.tried.append(str(Path(source.location).parent))
+        if self.tried[-1] in self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_weights(source.location, {"w": torch.tensor([1.0, 2.0, 3.0])})
+
+
+def test_shared_weights_do_not_move() -> None:
+    learner, engine = Sender(), Listener(shares=True, sources=("shared",))
+    publish(learner, engine, 5)
+    assert engine.loaded == [(WeightSource("shared"), 5)]
+    assert learner.tried == []
+
+
+def test_a_file_is_written_read_and_removed(tmp_path: Path) -> None:
+    engine = Listener()
+    publish(Sender(), engine, 6, directory=tmp_path)
+    assert engine.weight.tolist() == [1.0, 2.0, 3.0]
+    [(source, version)] = engine.loaded
+    assert (source.kind, version) == ("file", 6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_place_makes_way_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir()
+    large.mkdir()
+    monkeypatch.setattr(publish_module, "transfer_places", lambda _: [str(small), str(large)])
+    learner, engine = Sender(full=(str(small),)), Listener()
+    publish(learner, engine, 1)
+    assert learner.tried == [str(small), str(large)]
+    assert len(engine.loaded) == 1
+    with pytest.raises(OSError, match="No space"):
+        publish(Sender(full=(str(small), str(large))), Listener(), 2)
+    assert [*small.iterdir(), *large.iterdir()] == []
+
+
+def test_an_engine_that_takes_nothing_on_offer_is_refused() -> None:
+    with pytest.raises(SyncError, match=r"listener.*telepathy"):
+        asyncio.run(publish_async(Sender(), Listener(sources=("telepathy",)), 1))
