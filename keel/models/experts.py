@@ -58,11 +58,11 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     kind = type(module)
     if kind.__name__ == "GptOssExperts":
         return ExpertsLayout(
-            transposed, interleaved=True, alpha=float(stored.alpha), offset=1.0, limit=float(stored.limit)
+            transposed=transposed, interleaved=True, alpha=float(stored.alpha), offset=1.0, limit=float(stored.limit)
         )
     plain_gate = getattr(kind, "_apply_gate", None) is moe._default_apply_gate and getattr(stored, "has_gate", True)
     if plain_gate and not interleaved and type(getattr(stored, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation"):
-        return ExpertsLayout(transposed, interleaved=False)
+        return ExpertsLayout(transposed=transposed, interleaved=False)
     raise NotImplementedError(
         f"experts: {kind.__name__} gates in a way that experts = 'keel' does not know "
         "(it knows GPT-OSS's clamped SwiGLU and silu(gate) * up); set experts = 'grouped_mm'"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from keel.models import experts as keel_experts
+from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
 from keel.models.progress import no_progress_bars
 from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers
@@ -68,6 +69,7 @@ class PolicyModel(nn.Module):
         self.model = model
         self.head_chunk_tokens = head_chunk_tokens
         self.routers = replace_routers(model)  # a tuple: registered where they stand, not a second time here
+        fit_modules(model)
         self._packs = _takes_packed_input(model.config._attn_implementation)
         self._mask = _packed_mask(model)
         if gradient_checkpointing:
@@ -123,11 +125,13 @@ class PolicyModel(nn.Module):
         with_routes: bool = False,
         with_margins: bool = False,
         entropy_grad: bool = False,
+        loss_rows_only: bool = False,
     ) -> TokenOutputs:
         """Log-probs of `micro_batch.labels` under softmax(logits / temperature), sequences kept apart.
 
         `with_routes` returns each token's experts, `with_margins` also how near a tie the choice was. Gradients flow
-        through the entropy only if `entropy_grad`. A dense model has no routes (None). Raises ValueError if routes are
+        through the entropy only if `entropy_grad`. `loss_rows_only` leaves the head out for rows outside `loss_mask`,
+        whose log-prob and entropy are then 0.0. A dense model has no routes (None). Raises ValueError if routes are
         wanted of a model whose routers are not declared, if the attention implementation cannot keep packed sequences
         apart, or if a temperature is not positive.
         """
@@ -145,16 +149,8 @@ class PolicyModel(nn.Module):
             max_length_q=micro_batch.max_seqlen,
             max_length_k=micro_batch.max_seqlen,
         )
-        head = self.head
-        logprobs, entropy = linear_logprobs(
-            hidden,
-            head.weight,
-            micro_batch.labels,
-            temperature=micro_batch.temperature,
-            bias=head.bias,
-            chunk_tokens=self.head_chunk_tokens,
-            with_entropy=with_entropy,
-            entropy_grad=entropy_grad,
+        logprobs, entropy = self._score(
+            hidden, micro_batch, loss_rows_only, with_entropy=with_entropy, entropy_grad=entropy_grad
         )
         return TokenOutputs(
             logprobs,
@@ -162,6 +158,31 @@ class PolicyModel(nn.Module):
             routes=recorder.routes() if recorder is not None else None,
             route_margins=recorder.margins() if recorder is not None and with_margins else None,
         )
+
+    def _score(
+        self, hidden: torch.Tensor, micro_batch: MicroBatch, loss_rows_only: bool, **options: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs and entropy of the labels `[T]` from the last hidden states."""
+        labels, temperature, head = micro_batch.labels, micro_batch.temperature, self.head
+        rows = micro_batch.loss_mask.nonzero()[:, 0] if loss_rows_only else None
+        if rows is not None:
+            hidden, labels, temperature = (part.index_select(0, rows) for part in (hidden, labels, temperature))
+        found = linear_logprobs(
+            hidden,
+            head.weight,
+            labels,
+            temperature=temperature,
+            bias=head.bias,
+            chunk_tokens=self.head_chunk_tokens,
+            **options,
+        )
+        if rows is None:
+            return found
+        logprobs, entropy = (
+            None if part is None else part.new_zeros(micro_batch.num_tokens).index_copy(0, rows, part) for part in found
+        )
+        assert logprobs is not None
+        return logprobs, entropy
 
     def trunk(
         self, input_ids: torch.Tensor, positions: torch.Tensor, *, with_routes: bool = False, **attention_kwargs: Any

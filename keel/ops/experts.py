@@ -20,10 +20,20 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from keel.ops.experts_gate import (
+    ExpertsGate,
+    activate,
+    activate_backward,
+    gated,
+    open_gate,
+    reaches_limit,
+    wide,
+)
 
-@dataclass(frozen=True)
-class ExpertsLayout:
-    """How a family stores its experts and gates them.
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsLayout(ExpertsGate):
+    """How a family stores its experts, and how it gates them.
 
     `transposed`: weights are `[E, in, out]` (x @ W), else `[E, out, in]`. `interleaved`: the first projection's outputs
     are gate0, up0, gate1, up1, ..., else all gates and then all ups.
@@ -31,9 +41,6 @@ class ExpertsLayout:
 
     transposed: bool = False
     interleaved: bool = False
-    alpha: float = 1.0
-    offset: float = 0.0
-    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,49 +179,6 @@ def _gates_first(bias: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
     return torch.cat((bias[..., ::2], bias[..., 1::2]), dim=-1) if layout.interleaved else bias
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Elementwise work is done in float32 at least."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def _clamped(gate: torch.Tensor, up: torch.Tensor, layout: ExpertsLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    if layout.limit is None:
-        return gate, up
-    return gate.clamp(max=layout.limit), up.clamp(min=-layout.limit, max=layout.limit)
-
-
-def activate(gate: torch.Tensor, up: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
-    """The gate's value; gate * sigmoid(alpha * gate) is silu(alpha * gate) / alpha, which is one kernel."""
-    gate, up = _clamped(_wide(gate), _wide(up), layout)
-    if layout.alpha == 1.0:
-        opened = functional.silu(gate)
-    else:
-        opened = functional.silu(gate * layout.alpha).mul_(1.0 / layout.alpha)
-    if layout.offset == 1.0:
-        return torch.addcmul(opened, opened, up)
-    return opened * (up + layout.offset if layout.offset else up)
-
-
-def _activate_backward(
-    grad_act: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, layout: ExpertsLayout, out: torch.Tensor
-) -> None:
-    """Write d/dgate into the left half of `out [n, 2I]` and d/dup into the right half; `grad_act` is consumed."""
-    inner = gate.shape[-1]
-    raw_gate, raw_up = _wide(gate), _wide(up)
-    gate, up = _clamped(raw_gate, raw_up, layout)
-    scaled = gate if layout.alpha == 1.0 else gate * layout.alpha
-    grad_up = functional.silu(scaled).mul_(grad_act)
-    if layout.alpha != 1.0:
-        grad_up.mul_(1.0 / layout.alpha)
-    grad_gate = grad_act.mul_(up + layout.offset if layout.offset else up)
-    grad_gate = torch.ops.aten.silu_backward(grad_gate, scaled)
-    if layout.limit is not None:
-        grad_gate.masked_fill_(raw_gate > layout.limit, 0.0)
-        grad_up.masked_fill_(raw_up.abs() > layout.limit, 0.0)
-    out[:, :inner] = grad_gate
-    out[:, inner:] = grad_up
-
-
 def _linear_into(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor | None) -> None:
     if bias is None:
         torch.mm(x, factor, out=out)
@@ -242,16 +206,18 @@ class _SortedExperts(torch.autograd.Function):
         pre = hidden.new_empty(segments.order.shape[0], width)  # [S, 2I], gates before ups
         results = hidden.new_empty(segments.order.shape[0], hidden.shape[1])  # [S, Hd]
         first_bias = None if gate_up_bias is None else _gates_first(gate_up_bias, layout)
+        clamped = [False] * gate_up.shape[0]
         for expert, rows in busy(segments):
             x = hidden.index_select(0, segments.tokens[rows])
             factor = _right_factor(gate_up[expert], layout, interleaved=layout.interleaved)
             _linear_into(pre[rows], x, factor, None if first_bias is None else first_bias[expert])
+            clamped[expert] = reaches_limit(pre[rows], layout)
             gate, up = pre[rows].chunk(2, dim=-1)
-            act = activate(gate, up, layout).to(hidden.dtype)
+            act = activate(gate, up, layout, clamp=clamped[expert]).to(hidden.dtype)
             factor = _right_factor(down[expert], layout, interleaved=False)
             _linear_into(results[rows], act, factor, None if down_bias is None else down_bias[expert])
         ctx.save_for_backward(hidden, weights, gate_up, gate_up_bias, down, down_bias, pre)
-        ctx.segments, ctx.layout = segments, layout
+        ctx.segments, ctx.layout, ctx.clamped = segments, layout, clamped
         return sum_of_rows(results, segments.rows, weights.to(results.dtype))
 
     @staticmethod
@@ -261,7 +227,7 @@ class _SortedExperts(torch.autograd.Function):
         grads = [torch.empty_like(p) if needs[3 + i] else None for i, p in enumerate(parameters)]
         segments: Segments = ctx.segments
         grad_x = torch.empty(pre.shape[0], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-        grad_weights = torch.empty(pre.shape[0], dtype=_wide(weights).dtype, device=hidden.device)
+        grad_weights = torch.empty(pre.shape[0], dtype=wide(weights).dtype, device=hidden.device)
         sorted_weights = weights.reshape(-1).index_select(0, segments.order)
         for expert, rows in busy(segments):
             tokens = segments.tokens[rows]
@@ -270,7 +236,9 @@ class _SortedExperts(torch.autograd.Function):
                 [None if p is None else p[expert] for p in parameters],
                 [None if d is None else d[expert] for d in grads],
             )
-            grad_weights[rows] = one.backward(x, g, sorted_weights[rows], pre[rows], ctx.layout, grad_x[rows])
+            grad_weights[rows] = one.backward(
+                x, g, sorted_weights[rows], pre[rows], ctx.layout, grad_x[rows], clamp=ctx.clamped[expert]
+            )
         for expert in _idle(segments):
             for grad in grads:
                 if grad is not None:
@@ -311,6 +279,8 @@ class _Expert:
         pre: torch.Tensor,
         layout: ExpertsLayout,
         grad_x: torch.Tensor,
+        *,
+        clamp: bool,
     ) -> torch.Tensor:
         """Fill `grads` and `grad_x [n, Hd]` of one segment; returns the gradient of its routing weights `[n]`.
 
@@ -321,17 +291,17 @@ class _Expert:
         assert gate_up is not None
         assert down is not None
         gate, up = pre.chunk(2, dim=-1)
-        act = activate(gate, up, layout)
+        half = open_gate(gate, up, layout, clamp=clamp)
+        act = gated(half, layout)
         down_factor = _right_factor(down, layout, interleaved=False)
-        grad_act = _wide(grad_out @ down_factor.t())
+        grad_act = wide(grad_out @ down_factor.t())
         grad_weights = (grad_act * act).sum(-1)
         if down_bias is not None:
-            grad_weights += _wide(grad_out @ down_bias)
+            grad_weights += wide(grad_out @ down_bias)
         weighted = grad_out * weights[:, None].to(grad_out.dtype)
         self._store(2, act.to(x.dtype).t(), weighted, layout, interleaved=False)
         grad_act.mul_(weights[:, None].to(grad_act.dtype))
-        grad_pre = torch.empty_like(pre)
-        _activate_backward(grad_act, gate, up, layout, grad_pre)
+        grad_pre = activate_backward(grad_act, half, pre, layout, clamp=clamp)
         self._store(0, x.t(), grad_pre, layout, interleaved=layout.interleaved)
         factor = _right_factor(gate_up, layout, interleaved=layout.interleaved)
         torch.mm(grad_pre, factor.t(), out=grad_x)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from keel.ops.experts import ExpertsLayout, ExpertsWeights, activate, busy, check_experts, sort_by_expert, sum_of_rows
+from keel.ops.experts import ExpertsLayout, ExpertsWeights, busy, check_experts, sort_by_expert, sum_of_rows
+from keel.ops.experts_gate import activate
 
 TILE_ROWS = 32
 """Rows of a tile of the row-invariant variant. In a product of fixed shape a row's bits do not depend on its place."""

@@ -53,7 +53,7 @@ def test_the_row_invariant_variant_is_switched_on_by_context(preset):
 
 def test_layouts_are_read_from_the_modules():
     assert experts_layout(make_experts("gpt_oss")) == ExpertsLayout(
-        True, interleaved=True, alpha=1.702, offset=1.0, limit=7.0
+        transposed=True, interleaved=True, alpha=1.702, offset=1.0, limit=7.0
     )
     assert experts_layout(make_experts("qwen3_moe")) == ExpertsLayout()
 
