@@ -16,7 +16,7 @@ import torch
 
 from keel.batch import MicroBatch, PackedBatch
 from keel.config import LearnerConfig, ModelConfig, Stage
-from keel.learner.base import LearnerError, LearnerLike, Update
+from keel.learner.base import LearnerError, Update
 from keel.learner.gradient import Objective
 from keel.learner.rank import CLOSE, Answer, Call, RankSpec, receive, run_rank, send
 from keel.sync.base import WeightSource
@@ -171,14 +171,3 @@ def _merged(whole: MicroBatch, part: MicroBatch) -> MicroBatch:
         if item.name in SCORED_STREAMS and getattr(part, item.name) is not None
     }
     return replace(whole, **streams) if streams else whole
-
-
-def make_learner(
-    model: ModelConfig, learner: LearnerConfig, *, seed: int = 0, device: torch.device | str = "cpu"
-) -> LearnerLike:
-    """A learner of `learner.ranks` ranks: in this process if that is one."""
-    from keel.learner.learner import Learner
-
-    if learner.ranks == 1:
-        return Learner(model, learner, seed=seed, device=device)
-    return LearnerGroup(model, learner, seed=seed)

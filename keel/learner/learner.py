@@ -83,8 +83,15 @@ class Learner:
     def enter(self, stage: Stage) -> None:
         """Begin `stage`: fresh moments, fresh schedule, and, with a KL penalty, the present weights as the reference.
 
-        Entering the stage one is in (after a resume) keeps all three and takes over changed options.
+        Entering the stage one is in (after a resume) keeps all three and takes over changed options. Raises
+        LearnerError if `step` is not one of the stage's, PluginError for a plug-in that does not exist or options it
+        does not take.
         """
+        if not stage.first_step <= self.step < stage.first_step + stage.num_steps:
+            raise LearnerError(
+                f"stage {stage.name!r} has steps {stage.first_step} to {stage.first_step + stage.num_steps - 1}, the "
+                f"learner is at step {self.step}: enter stages in order"
+            )
         same = self.stage is not None and (self.stage.name, self.stage.first_step) == (stage.name, stage.first_step)
         self._objective = Objective(stage.algo)
         self.stage = stage

@@ -51,8 +51,14 @@ def add_mismatch(
 def compare_routes(engine: torch.Tensor, learner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `[T, L, k]` choices (-1 unknown): where the engine's is known, and where the *sets* differ; both `[T, L]`.
 
-    The order within a choice is the order of router logits, which changes no output.
+    The order within a choice is the order of router logits, which changes no output. Raises ValueError if the shapes
+    differ.
     """
+    if engine.shape != learner.shape:
+        raise ValueError(
+            f"routes: the engine's are {tuple(engine.shape)}, the learner's {tuple(learner.shape)} (tokens, layers, "
+            "experts per token); engine and learner must run the same model"
+        )
     known = (engine >= 0).all(-1)
     differs = (engine.sort(-1).values != learner.to(engine.dtype).sort(-1).values).any(-1)
     return known, known & differs

@@ -24,7 +24,7 @@ ALGO = AlgoConfig(
 def build(tiny_checkpoint, preset, algo=ALGO, **model):
     path = tiny_checkpoint(preset, num_hidden_layers=2, **({"mlp_only_layers": []} if preset == "qwen3_moe" else {}))
     learner = Learner(ModelConfig(path=path, **model), LearnerConfig())
-    learner.enter(Stage("reinforce", 0, 10, algo, OptimConfig(max_grad_norm=1e9)))
+    learner.enter(Stage("reinforcement", 0, 10, algo, OptimConfig(max_grad_norm=1e9)))
     return learner
 
 

@@ -25,7 +25,7 @@ def make_learner(tiny_checkpoint, preset, dtype="float32", checkpointing=False, 
     size = {} if hidden_size is None else {"hidden_size": hidden_size}
     path = tiny_checkpoint(preset, **SMALL, **MOE_ONLY_SMALL[preset], **size)
     learner = Learner(ModelConfig(path=path, dtype=dtype, gradient_checkpointing=checkpointing), LearnerConfig())
-    learner.enter(Stage("reinforce", 0, 10, AlgoConfig(**algo), OptimConfig(lr=1e-3)))
+    learner.enter(Stage("reinforcement", 0, 10, AlgoConfig(**algo), OptimConfig(lr=1e-3)))
     return learner
 
 

@@ -23,7 +23,7 @@ from keel.types import Verdict
 
 WARM = Stage("warm_start", 0, 2, AlgoConfig(loss=Plugin(id="cross_entropy")), OptimConfig(lr=1e-2))
 REINFORCE = Stage(
-    "reinforce",
+    "reinforcement",
     2,
     4,
     AlgoConfig(kl=KLConfig(coefficient=0.2), updates_per_batch=2),
@@ -128,7 +128,7 @@ def test_entering_the_same_stage_again_keeps_everything(tiny_checkpoint, make_gr
     before = bits(learner)
     learner.enter(REINFORCE)
     assert_same(bits(learner), before)
-    learner.enter(Stage("reinforce", 3, 9, REINFORCE.algo, REINFORCE.optim))
+    learner.enter(Stage("reinforcement", 3, 9, REINFORCE.algo, REINFORCE.optim))
     assert learner.optimizer.moments() == {}
     assert_same(learner.reference, {name: p.detach() for name, p in learner.parameters().items()})
 
