@@ -7,8 +7,8 @@ stay what they were, and whatever the fast path does not cover runs the original
     GptOssAttention   packed rows and engine steps: q, k and v in one product, the rotation a complex product
 
 The rotation turns the pair (i, i + D/2) of a head. Laid side by side the pair is a complex number, and turning it is
-one multiplication instead of six strided ones; the rows of the q and k weights are reordered to make it so, which costs a
-copy of two weights and leaves every q . k as it was, because q and k are reordered alike.
+one multiplication instead of six strided ones; the rows of the q and k weights are reordered to make it so, which
+costs a copy of two weights and leaves every q . k as it was, because q and k are reordered alike.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRMSNorm
 
@@ -32,14 +31,24 @@ def run_packed(model, lengths=(12, 31, 7)):
     ).logits
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_values_are_those_of_the_modules_replaced(dtype, tolerance):
-    """Float64 is held to plain transformers in tests/exact. In bfloat16 a route may flip, so the mean is held."""
-    plain, fitted = make_model().to(dtype), make_model().to(dtype)
+def test_float32_values_are_those_of_the_modules_replaced():
+    """Float64 is held to plain transformers in tests/exact."""
+    plain, fitted = make_model(), make_model()
     fit_modules(fitted)
     with torch.no_grad():
-        difference = (run_packed(fitted) - run_packed(plain)).abs()
-    assert difference.mean() < tolerance
+        torch.testing.assert_close(run_packed(fitted), run_packed(plain), rtol=0, atol=1e-5)
+
+
+def test_in_bfloat16_the_fitted_modules_are_as_near_the_truth_as_those_they_replace():
+    errors = []
+    for fit in (False, True):
+        model = make_model().to(torch.bfloat16)
+        truth = make_model().to(torch.bfloat16).float()
+        if fit:
+            fit_modules(model)
+        with torch.no_grad():
+            errors.append((run_packed(model).float() - run_packed(truth)).abs().mean())
+    assert errors[1] < 1.2 * errors[0]
 
 
 def test_gradients_are_those_of_the_modules_replaced_in_float32():
