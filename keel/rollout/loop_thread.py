@@ -34,7 +34,7 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The coroutine's result; blocks the calling thread, which must not be the loop's own."""
+        """The coroutine's result; blocks the calling thread, which must not be the loop's own (RuntimeError)."""
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("run() would wait for itself: it was called on the loop's own thread; await instead")

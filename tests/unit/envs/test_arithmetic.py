@@ -49,6 +49,7 @@ def test_values(expression: str, value: str) -> None:
         ("1" * 201, "longer than 200"),
         ("1 / 0", "division by zero"),
         ("0 ** -1", "division by zero"),
+        ("9 ** 101", "exponent"),
         ("9 ** 9 ** 9", "exponent"),
         ("10 ** 31", "too large"),
         ("1e400", "too large"),

@@ -57,10 +57,12 @@ def test_a_hanging_call_times_out_and_others_go_on(release: threading.Event) -> 
     async def scenario() -> WorkerThreads:
         threads = WorkerThreads(limit=2)
         hanging = [threads.call(release.wait, timeout_s=SHORT_S) for _ in range(6)]
-        outcomes = await asyncio.gather(*hanging, return_exceptions=True)
+        async with asyncio.timeout(10.0):
+            outcomes = await asyncio.gather(*hanging, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [CallTimeoutError] * 6
         assert threads.hanging == 6
-        assert await threads.call(len, "abc", timeout_s=LONG_S) == 3  # both threads were lost, and replaced
+        async with asyncio.timeout(10.0):
+            assert await threads.call(len, "abc", timeout_s=LONG_S) == 3  # both threads were lost, and replaced
         return threads
 
     threads = asyncio.run(scenario())
@@ -211,5 +213,5 @@ async def main():
         print("timed out", flush=True)
 asyncio.run(main())
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "timed out\n", "")

@@ -106,6 +106,20 @@ def test_a_restored_collector_goes_on_as_if_it_had_not_stopped(letter_chat: Any,
         assert [outcome(stale.next_groups(step)) for step in (2, 3)] == whole
 
 
+def test_a_restored_collector_forgets_what_it_had_begun_with_other_weights(
+    letter_chat: Any, replay_engine: Any
+) -> None:
+    engine = replay_engine(digit)
+    with make(engine, letter_chat(), max_staleness=2) as collector:
+        collector.next_groups(0)
+        state = collector.state()
+        collector.loop.run(settle(collector))
+        collector.loop.run(engine.load_weights(None, 99))
+        collector.restore(state)
+        spans = [t.segments[0].spans[1] for group in collector.next_groups(1) for t in group.trajectories]
+    assert {span.policy_version for span in spans} == {99}
+
+
 def test_steps_out_of_turn_and_other_tasks_are_refused(letter_chat: Any, replay_engine: Any) -> None:
     class Fewer(Digits):
         def tasks(self, split: str) -> Sequence[Task]:
