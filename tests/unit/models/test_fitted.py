@@ -47,7 +47,8 @@ def test_in_bfloat16_the_fitted_modules_are_as_near_the_truth_as_those_they_repl
         if fit:
             fit_modules(model)
         with torch.no_grad():
-            errors.append((run_packed(model).float() - run_packed(truth)).abs().mean())
+            difference = run_packed(model, (60, 60, 60)).float() - run_packed(truth, (60, 60, 60))
+        errors.append(difference.abs().median())  # not the mean: a route that flips moves a whole token
     assert errors[1] < 1.2 * errors[0]
 
 
