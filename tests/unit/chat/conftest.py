@@ -30,7 +30,7 @@ FORGETFUL_TEMPLATE = (
     "{%- else %}{{- m.content }}{%- endif %}"
     "{%- for call in m.tool_calls or [] %}"
     "{%- if m.content or not loop.first %}{{- '\\n' }}{%- endif %}"
-    "{{- '<tool_call>\\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
+    '{{- \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
     "{{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}"
     "{%- endfor %}"
     "{{- '<|im_end|>\\n' }}"

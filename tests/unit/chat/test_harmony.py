@@ -108,6 +108,15 @@ def test_a_new_question_drops_analysis_and_says_so(harmony):
     assert "<|return|>" in after.dropped[1]
 
 
+def test_a_reply_that_ends_in_thoughts_keeps_them(harmony):
+    """No answer came after them, so they are not old: only the `<|return|>` is rewritten."""
+    seen = harmony.start([QUESTION], []).token_ids + harmony.demonstrate(ANALYSIS, last=True)
+    after = harmony.extend(seen, [QUESTION, ANALYSIS], [Message("user", "Well?")], [])
+    assert not after.extends
+    assert after.dropped == ("<|return|> became <|end|>",)
+    assert after.token_ids[: len(seen) - 1] == seen[:-1]
+
+
 def test_python_traffic_on_the_analysis_channel_goes_with_the_thoughts(harmony):
     python = ToolSpec("python", "", {})
     output = Message("tool", "1\n", name="python")

@@ -168,6 +168,7 @@ READ = [
      [("Look:", None), ('{"arguments": 2}', "f")]),
     ('{"name": "f", "arguments": {"a": 1}}', [('{"a": 1}', "f")]),
     ('{"name": "f", "parameters": {"a": 1}}', [('{"a": 1}', "f")]),
+    ('{"name": "f", "parameters": {"b": 2}, "arguments": {"a": 1}}', [('{"a": 1}', "f")]),
     ('[{"name": "f", "arguments": "{\\"a\\": 1}"}]', [('{"a": 1}', "f")]),
     ('{"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}', [("{}", "f")]),
     ('{"answer": 4}', [('{"answer": 4}', None)]),
