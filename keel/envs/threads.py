@@ -69,7 +69,7 @@ class WorkerThreads:
     _QUICK_THREADS = 4  # made at once; quick calls never need more of them
     _PATIENCE_S = 0.005  # a call that waits longer than this shows that calls are slow: then each gets a thread
 
-    def __init__(self, *, limit: int = 512, hanging_limit: int = 512, idle_s: float = 30.0) -> None:
+    def __init__(self, *, limit: int = 512, hanging_limit: int = 4096, idle_s: float = 30.0) -> None:
         self._limit = limit
         self._hanging_limit = hanging_limit
         self._idle_s = idle_s
@@ -131,9 +131,18 @@ class WorkerThreads:
                 self._grow()
 
     def _grow(self) -> None:
+        """One more thread. If there is none at all and none can be had, all waiting calls fail."""
+        thread = threading.Thread(target=self._work, name=f"keel-env-{self._made}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads to give
+            if self._threads == 0:
+                failure = HangingCallsError(f"{error} for an environment's or tool's call; {self._hanging} calls hang")
+                while self._waiting:
+                    self._waiting.popleft().deliver(None, failure)
+            return
         self._threads += 1
         self._made += 1
-        threading.Thread(target=self._work, name=f"keel-env-{self._made}", daemon=True).start()
 
     def _work(self) -> None:
         while (call := self._next()) is not None:

@@ -114,6 +114,22 @@ def test_too_many_hanging_calls_are_refused(release: threading.Event) -> None:
     asyncio.run(scenario())
 
 
+def test_calls_fail_if_the_system_has_no_thread_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def scenario() -> None:
+        threads = WorkerThreads()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        async with asyncio.timeout(10.0):
+            with pytest.raises(HangingCallsError, match="can't start new thread"):
+                await threads.call(len, "a", timeout_s=LONG_S)
+            monkeypatch.undo()
+            assert await threads.call(len, "a", timeout_s=LONG_S) == 1
+
+    asyncio.run(scenario())
+
+
 def test_slow_calls_run_side_by_side_and_quick_ones_share_few_threads() -> None:
     async def scenario() -> None:
         threads = WorkerThreads()
