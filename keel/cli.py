@@ -16,6 +16,8 @@ import keel
 from keel import config_load
 from keel.config_docs import as_markdown
 from keel.config_problems import ConfigError
+from keel.config_schema import toml_value
+from keel.monitor.live import describe, duration
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.trackers import TrackerError
 from keel.plugins import PluginError
@@ -114,11 +116,10 @@ def evaluate(
     sets: Sets = None,
 ) -> None:
     """Evaluate a checkpoint on the config's held-out tasks."""
-    arguments = [*(sets or ()), *([f"model.path={model!r}"] if model else [])]
-    config = config_load.load(config_file, arguments)
+    instead = [f"model.path={toml_value(model)}", 'model.tiny.preset=""'] if model else []
+    config = config_load.load(config_file, [*(sets or ()), *instead])
     config_load.require(config, ("model.path|model.tiny.preset", "env.id", "eval.num_tasks"), str(config_file))
     from keel.evaluate import evaluate_checkpoint
-    from keel.monitor.live import describe
 
     print(describe(evaluate_checkpoint(config)))
 
@@ -153,7 +154,14 @@ def print_config(
 
 
 def _finish(summary: RunSummary) -> None:
-    """Tell where the run lies; a run that the monitor stopped does not count as done."""
+    """Tell how the run went and where it lies; one that the monitor stopped does not count as done."""
+    for name, metrics in summary.eval.items():
+        if "success" in metrics:
+            shares = [f"{100 * metrics[key]:.1f} %" for key in ("success", "success_low", "success_high")]
+            tasks = int(metrics["num_tasks"])
+            print(f"held-out success {name}: {shares[0]} (95 % interval {shares[1]} to {shares[2]}, {tasks} tasks)")
+    if summary.seconds:
+        print("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()))
     print(f"{summary.state}: {summary.run_dir}" + (f" ({summary.reason})" if summary.reason else ""))
     if summary.state == "stopped":
         raise typer.Exit(EXIT_STOPPED)

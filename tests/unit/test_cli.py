@@ -65,12 +65,14 @@ def test_a_wrong_config_exits_2_and_says_what_got_fix(tmp_path):
         (["frobnicate"], "frobnicate"),
     ],
 )
-def test_the_users_faults_exit_2_without_a_traceback(tmp_path, arguments, message):
+def test_the_users_faults_exit_2_and_are_told(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "empty.toml").write_text("")
-    done = run_keel(*arguments, cwd=tmp_path)
-    assert done.returncode == cli.EXIT_CONFIG, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["keel", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == cli.EXIT_CONFIG
+    assert message in capsys.readouterr().err
 
 
 def test_the_printed_config_is_an_input(tmp_path):
@@ -85,11 +87,16 @@ def test_the_reference_page_can_be_printed():
 
 @pytest.mark.parametrize(("state", "code"), [("completed", 0), ("stopped", cli.EXIT_STOPPED)])
 def test_a_stopped_run_does_not_exit_as_done(monkeypatch, tmp_path, state, code):
-    summary = RunSummary(run_dir="runs/x", state=state, reason="loss is nan")
+    final = {"step": 6, "success": 0.75, "success_low": 0.5, "success_high": 0.875, "num_tasks": 512.0}
+    seconds = {"eval": 65.0}
+    summary = RunSummary(run_dir="runs/x", state=state, reason="loss is nan", eval={"final": final}, seconds=seconds)
     monkeypatch.setattr("keel.train.resume", lambda _: summary)
     result = CliRunner().invoke(cli.app, ["resume", str(tmp_path)])
     assert result.exit_code == code
-    assert f"{state}: runs/x" in result.output
+    assert result.output == (
+        "held-out success final: 75.0 % (95 % interval 50.0 % to 87.5 %, 512 tasks)\n"
+        f"time: eval 1 min 05 s\n{state}: runs/x (loss is nan)\n"
+    )
 
 
 def test_an_interruption_exits_130(monkeypatch, capsys):

@@ -181,6 +181,22 @@ def test_another_machine_is_warned_about(tmp_path):
     assert [entry["changes"] for entry in recorded["resumed"]] == [[], ["threads was 2, is 1"]]
 
 
+def test_seconds_of_a_stage_inside_another_are_its_own(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("keel.monitor.runlog.time.monotonic", lambda: now[0])
+    with RunLog.open(config_for(tmp_path)) as run:
+        now[0] += 1
+        with run.stage("reinforcement", 6):
+            now[0] += 10
+            with run.stage("eval", 1):
+                now[0] += 100
+                assert json.loads(run.paths.status.read_text())["stage"] == "eval"
+            assert json.loads(run.paths.status.read_text())["stage"] == "reinforcement"
+            now[0] += 1000
+        now[0] += 10000
+        assert run.close().seconds == {"reinforcement": 1010.0, "eval": 100.0}
+
+
 def test_seconds_add_up_over_a_resume(tmp_path):
     run = RunLog.open(config_for(tmp_path))
     run._held.close()
