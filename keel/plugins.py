@@ -29,7 +29,7 @@ def resolve(target: Any, builtin_module: str) -> Any:
     try:
         module = importlib.import_module(module_name or builtin_module)
     except ImportError as error:
-        raise PluginError(f"cannot import {module_name!r} of {target!r}: {error}") from error
+        raise PluginError(f"cannot import {module_name or builtin_module!r} for {target!r}: {error}") from error
     found = getattr(module, name, None)
     if found is None or (builtin and name not in getattr(module, "__all__", ())):
         names = sorted(getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")]))
