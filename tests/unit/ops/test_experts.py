@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, experts_forward, experts_reference
+from keel.ops.experts_gate import ExpertsGate, reaches_limit
 from keel.ops.experts_tiles import TILE_ROWS, experts_row_invariant
 
 HIDDEN, INNER, EXPERTS, TOP_K = 12, 10, 5, 2
@@ -95,6 +96,15 @@ def test_the_clamp_is_reached_in_these_tests():
     assert not torch.allclose(
         experts_forward(x, chosen, shares, experts, GPT_OSS), experts_forward(x, chosen, shares, experts, open_limit)
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "reached"),
+    [([0.5, -0.5], False), ([1.0, -1.0], False), ([1.5, 0.0], True), ([0.0, -1.5], True), ([float("nan"), 0.0], True)],
+)
+def test_the_clamp_is_left_out_only_where_it_changes_nothing(values, reached):
+    assert reaches_limit(torch.tensor([values]), ExpertsGate(limit=1.0)) is reached
+    assert not reaches_limit(torch.tensor([values]), ExpertsGate())
 
 
 @LAYOUTS
