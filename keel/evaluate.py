@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from keel.monitor.wilson import wilson_interval
+from keel.monitor.wilson import success_metrics
 
 if TYPE_CHECKING:
     from keel.build import EnvSource
@@ -32,7 +32,8 @@ def evaluate(collector: Collector, config: EvalConfig) -> dict[str, float]:
     tasks = [held_out[index] for index in range(config.num_tasks)]
     trajectories = collector.collect_eval(tasks, temperature=config.temperature, seed=config.seed)
     kept = [trajectory for trajectory in trajectories if not trajectory.failed]
-    judged = [trajectory.success for trajectory in kept if trajectory.success is not None]
+    # Where successes are told at all, an episode that ran out of turns or tokens before one was none.
+    told = any(trajectory.success is not None for trajectory in kept)
     metrics = {
         "num_tasks": float(len(kept)),
         "failed": float(len(trajectories) - len(kept)),
@@ -41,9 +42,8 @@ def evaluate(collector: Collector, config: EvalConfig) -> dict[str, float]:
         "turns": sum(len(trajectory.turns) for trajectory in kept) / len(kept),
         "malformed": float(sum(turn.malformed is not None for trajectory in kept for turn in trajectory.turns)),
     }
-    if judged:
-        low, high = wilson_interval(sum(judged), len(judged))
-        metrics |= {"success": sum(judged) / len(judged), "success_low": low, "success_high": high}
+    if told:
+        metrics |= success_metrics(sum(trajectory.success is True for trajectory in kept), len(kept))
     return metrics
 
 

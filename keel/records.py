@@ -34,7 +34,9 @@ def write_records(
     if stage.name != "reinforcement" or every == 0 or step % every:
         return
     name = f"{step:06d}"
-    write_step_record(run.paths.steps / f"{name}.safetensors", step_streams(batch, updates), _header(config, stage, step))
+    write_step_record(
+        run.paths.steps / f"{name}.safetensors", step_streams(batch, updates), _header(config, stage, step)
+    )
     write_trajectories(run.paths.trajectories / f"{name}.jsonl", (t for group in groups for t in group.trajectories))
     if config.record.keep:
         for directory in (run.paths.steps, run.paths.trajectories):

@@ -32,9 +32,7 @@ def build_tiny_start(config: TrainConfig, factory: EnvFactory, path: Path) -> No
     build_tiny_model(tiny.preset, path, tokenizer=tokenizer, seed=config.seed, **tiny.options)
 
 
-def demonstration_texts(
-    config: TrainConfig, factory: EnvFactory, style: Literal["harmony", "chatml"]
-) -> Iterator[str]:
+def demonstration_texts(config: TrainConfig, factory: EnvFactory, style: Literal["harmony", "chatml"]) -> Iterator[str]:
     """The ordinary text between the special tokens of `NUM_DEMONSTRATIONS` demonstrations."""
     special = HARMONY_SPECIAL_TOKENS if style == "harmony" else CHATML_SPECIAL_TOKENS
     cut = re.compile("|".join(map(re.escape, special)))

@@ -62,7 +62,7 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
     batch = corrected(batch, stage.algo)
     batch = with_advantages(batch, stage.algo)
 
-    updates, stats = list[Update](), dict[str, float]()
+    updates, stats, verdict = list[Update](), dict[str, float](), Verdict("go")
     for index in range(batch.num_updates):
         update = learner.backward(batch, index)
         verdict = parts.monitor.judge(update)
@@ -74,7 +74,9 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
     clock.lap("publish")
     write_records(run, config, stage, step, groups, batch, updates)
     rollout = rollout_metrics(groups, clock.seconds["time/rollout_s"])
-    run.log_step(step, {**rollout, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}, stage=stage.name)
+    run.log_step(
+        step, {**rollout, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}, stage=stage.name
+    )
     return verdict
 
 

@@ -133,6 +133,9 @@ BIAS_STD = 0.02
 _RESIDUAL_OUT = re.compile(r"(o_proj|down_proj)(\.weight)?$")
 _EXPERT_MATRIX = re.compile(r"experts\.(gate_up_proj|down_proj)$")
 _BIAS = re.compile(r"bias$")
+# Scores start out flat, or the first hundred steps go into unlearning chance attention before copying is learned.
+_SCORE = re.compile(r"[qk]_proj\.weight$")
+SCORE_GAIN = 0.45
 _NORM = re.compile(r"norm\.weight$")
 
 
@@ -273,4 +276,6 @@ def _std(name: str, parameter: torch.Tensor, num_layers: int, transposed: bool) 
         return 1.0 / math.sqrt(parameter.shape[1])
     fan_in = parameter.shape[1] if transposed and _EXPERT_MATRIX.search(name) else parameter.shape[-1]
     std = 1.0 / math.sqrt(fan_in)
+    if _SCORE.search(name):
+        return SCORE_GAIN * std
     return std / math.sqrt(2 * num_layers) if _RESIDUAL_OUT.search(name) else std
