@@ -34,7 +34,9 @@ REINFORCE = Stage(
 def advance(learner, make_groups, until):
     """Train to step `until`, entering stages on the way; every step has its own data."""
     while learner.step < until:
-        learner.enter(WARM if learner.step < REINFORCE.first_step else REINFORCE)
+        stage = WARM if learner.step < REINFORCE.first_step else REINFORCE
+        if learner.stage != stage:
+            learner.enter(stage)
         demonstration = learner.stage.name == "warm_start"
         groups = make_groups(2, 3, seed=learner.step, demonstration=demonstration)
         batch = learner.score(pack(groups, max_tokens=60, num_updates=learner.stage.algo.updates_per_batch))
@@ -75,6 +77,7 @@ def test_resumed_is_undisturbed_to_the_bit(tiny_checkpoint, make_groups, tmp_pat
     assert resumed.load(tmp_path / "c") == {"collector": [1, "two"], "x": 0.1}
     assert torch.equal(torch.rand(3), expected_draw)
     assert resumed.step == at
+    resumed.enter(WARM if at < REINFORCE.first_step else REINFORCE)  # as a resumed run does
     advance(resumed, make_groups, 6)
     assert_same(bits(resumed), bits(undisturbed))
     assert (resumed.step, resumed.version) == (undisturbed.step, undisturbed.version) == (6, 2 + 4 * 2)

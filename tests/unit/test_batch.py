@@ -234,11 +234,12 @@ def test_refusals(make_groups):
 
 
 def test_a_batch_travels_between_processes(make_groups):
-    batch = pack(make_groups(), max_tokens=100)
+    batch = pack(make_groups(16, 8), max_tokens=100)
     again = pickle.loads(pickle.dumps(batch))
     assert list(unpack(again)) == list(unpack(batch))
-    whole = len(pickle.dumps(batch.micro_batches))
-    assert len(pickle.dumps(batch.micro_batches[0])) < whole / (len(batch.micro_batches) - 1)
+    # Each carries its own rows only: a view would carry the whole batch.
+    assert len(batch.micro_batches) > 20
+    assert len(pickle.dumps(batch.micro_batches[0])) < 10_000
 
 
 def test_a_changed_mask_changes_the_denominator(make_groups):
