@@ -56,6 +56,8 @@ class LearnerGroup:
         self._answers()
 
     def enter(self, stage: Stage) -> None:
+        if stage == self.stage:
+            return
         Objective(stage.algo)  # a wrong plug-in is told here, with the group still whole
         self._call("enter", stage)
         self.stage = stage

@@ -92,6 +92,8 @@ class Learner:
                 f"stage {stage.name!r} has steps {stage.first_step} to {stage.first_step + stage.num_steps - 1}, the "
                 f"learner is at step {self.step}: enter stages in order"
             )
+        if stage == self.stage:
+            return  # the loop enters at every step
         same = self.stage is not None and (self.stage.name, self.stage.first_step) == (stage.name, stage.first_step)
         self._objective = Objective(stage.algo)
         self.stage = stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,8 @@ def test_entering_the_same_stage_again_keeps_everything(tiny_checkpoint, make_gr
     )
     before = bits(learner)
     learner.enter(REINFORCE)
+    assert_same(bits(learner), before)
+    learner.enter(dataclasses.replace(REINFORCE, optim=OptimConfig(lr=1e-5)))  # other options of the same stage
     assert_same(bits(learner), before)
     learner.enter(Stage("reinforcement", 3, 9, REINFORCE.algo, REINFORCE.optim))
     assert learner.optimizer.moments() == {}
