@@ -56,7 +56,7 @@ class LearnerGroup:
         self._answers()
 
     def enter(self, stage: Stage) -> None:
-        if stage == self.stage:
+        if stage == self.stage and not self._closed:
             return
         Objective(stage.algo)  # a wrong plug-in is told here, with the group still whole
         self._call("enter", stage)
