@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from keel.engines.embedded import EmbeddedEngine
 
@@ -36,6 +37,22 @@ def test_neighbours_order_slots_and_slow_tools_change_nothing(
         assert together[name] == results
         assert backwards_and_slow[name] == results
     assert among_three[chosen[0].name] == alone[chosen[0].name]
+
+
+def test_on_two_threads_the_slot_does_not_matter_either(
+    make_engine: Make, random_episode: Any, run_episodes: Any
+) -> None:
+    """Three query heads to a key head: the attention kernel's products of three rows differ from thread to thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        vocab_size = make_engine().policy.info.vocab_size
+        everybody = [random_episode(number, vocab_size) for number in range(24)]
+        together = run_episodes(make_engine(slots=32), everybody)
+        for episode in everybody[5::6]:
+            assert run_episodes(make_engine(slots=32), [episode])[episode.name] == together[episode.name]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_an_engine_that_has_seen_much_gives_the_same_as_a_fresh_one(
