@@ -58,9 +58,10 @@ def step_streams(batch: PackedBatch, updates: Sequence[Update]) -> dict[str, np.
             streams.setdefault(name, []).append(stream)
         cu_seqlens.append(micro_batch.cu_seqlens[1:].long() + starts[-1])
         starts.append(starts[-1] + micro_batch.num_tokens)
-    for update in updates:
-        for name, parts in getattr(update, "streams", {}).items():
-            streams.setdefault(name, []).extend(parts)
+    computed = {index: found for update in updates for index, found in update.streams.items()}
+    for index in sorted(computed):
+        for name, stream in computed[index].items():
+            streams.setdefault(name, []).append(stream)
     return {
         **{name: torch.cat(parts).cpu().numpy() for name, parts in streams.items()},
         "cu_seqlens": torch.cat(cu_seqlens).numpy(),
@@ -87,7 +88,7 @@ def _header(config: TrainConfig, stage: Stage, step: int) -> dict[str, Any]:
         "step": step,
         "stage": stage.name,
         "seed": config.seed,
-        "config_hash": hashlib.blake2b(config.model_dump_json().encode(), digest_size=16).hexdigest(),
+        "config_hash": hashlib.blake2b(config.model_dump_json(exclude={"run_dir"}).encode(), digest_size=16).hexdigest(),
         "sampling": {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
         # Draws are made of (seed, step, group, attempt, turn); the learner's own generator is the one state there is.
         "torch_random_state": torch.get_rng_state().numpy().tobytes().hex(),

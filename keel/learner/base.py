@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from keel.batch import PackedBatch
 from keel.config import Stage
 from keel.sync.base import WeightSource
@@ -23,7 +25,8 @@ class Update:
 
     `serial` ties it to that gradient; `last` says that applying it ends the training step. `loss` is the mean over the
     update's loss tokens, `grad_norm` the global norm before clipping, `finite` whether both are numbers. An update of
-    no loss tokens is finite, zero and changes nothing.
+    no loss tokens is finite, zero and changes nothing. `streams` are what the learner itself computed of each
+    micro-batch, by the micro-batch's index in the batch: `logprobs [T]` and `entropy [T]`, float32, detached.
     """
 
     serial: int
@@ -34,6 +37,7 @@ class Update:
     finite: bool
     num_loss_tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    streams: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 class LearnerLike(Protocol):

@@ -94,6 +94,28 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return None
 
 
+def checkpoint_to_resume(directory: str | Path) -> Path | None:
+    """The newest whole checkpoint, alone with older ones: damaged later ones are doomed, the next `prune` removes them.
+
+    None if there is none at all; raises CheckpointError if there are some and every one is damaged, because beginning
+    anew would cut off everything the run has done.
+    """
+    directory = Path(directory)
+    path = latest_checkpoint(directory)
+    named = sorted(item for item in directory.glob("*") if item.is_dir() and item.name.isdecimal())
+    if path is None and named:
+        raise CheckpointError(
+            f"{directory}: none of {len(named)} checkpoints is whole; restore one from a copy, or delete them all to "
+            "begin the run anew"
+        )
+    step = int(_manifest(path)["step"]) if path is not None else 0
+    for later in (item for item in named if int(item.name) > step):
+        doomed = later.with_name(later.name + _UNFINISHED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        later.rename(doomed)
+    return path
+
+
 def prune(directory: str | Path, keep: int) -> None:
     """Remove all but the `keep` checkpoints of the highest steps, and what an interrupted save left behind."""
     if keep < 1:

@@ -50,8 +50,8 @@ class Objective:
         *,
         scale: float,
         recompute: bool,
-    ) -> None:
-        """Add the micro-batch's gradient to the parameters' and its sums to `stats`.
+    ) -> dict[str, torch.Tensor]:
+        """Add the micro-batch's gradient to the parameters' and its sums to `stats`; returns `Update.streams` of it.
 
         The loss is over the whole update's `denominator`; the gradient is that of `scale` times it, because averaging
         over ranks divides by their number. With `recompute` an independent pass without gradient is compared.
@@ -77,6 +77,10 @@ class Objective:
             with torch.no_grad():
                 again = policy(micro_batch, with_entropy=False).logprobs
             stats.peak("recompute_max_dev", ratio_deviation(detached, again), mask)
+        streams = {"logprobs": detached}
+        if outputs.entropy is not None:
+            streams["entropy"] = outputs.entropy.detach()
+        return {name: stream.cpu() for name, stream in streams.items()}
 
     def _old(self, micro_batch: MicroBatch, detached: torch.Tensor) -> torch.Tensor:
         if micro_batch.old_logprobs is not None:

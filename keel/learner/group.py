@@ -71,8 +71,9 @@ class LearnerGroup:
         return batch.with_micro_batches(scored)
 
     def backward(self, batch: PackedBatch, update_index: int = 0) -> Update:
-        update: Update = self._call("backward", batch, update_index)[0]
-        return update
+        updates: list[Update] = self._call("backward", batch, update_index)
+        streams = {index: streams for update in updates for index, streams in update.streams.items()}
+        return replace(updates[0], streams=streams)
 
     def apply(self, update: Update, verdict: Verdict) -> dict[str, float]:
         stats: dict[str, float] = self._call("apply", update, verdict)[0]

@@ -20,6 +20,7 @@ from keel.learner import state
 from keel.learner.base import LearnerError, Update
 from keel.learner.gradient import Objective, update_metrics
 from keel.learner.optim import MasterAdamW, learning_rate
+from keel.learner.randomness import seed_random_states
 from keel.learner.stats import Stats
 from keel.models.policy import PolicyModel
 from keel.sync.base import WeightSource
@@ -47,8 +48,8 @@ class Learner:
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
     ) -> None:
-        """Load the policy of `model` onto `device`. `seed` seeds torch's global generator."""
-        torch.manual_seed(seed)
+        """Load the policy of `model` onto `device`. `seed` seeds the process's global generators."""
+        seed_random_states(seed)
         self.config = model
         self.recompute_every = learner.recompute_every
         self.device = torch.device(device)
@@ -136,14 +137,17 @@ class Learner:
         denominator = batch.denominators[update_index]
         self._serial += 1
         self.optimizer.zero()
-        stats = Stats()
+        stats, streams = Stats(), dict[int, dict[str, torch.Tensor]]()
         checked = self.recompute_every > 0 and self.step % self.recompute_every == 0
         if denominator > 0:
-            for micro_batch in self._share(micro_batches):
-                objective.backward(
+            own = self.ranks.deal(len(micro_batches))
+            for index, micro_batch in zip(own, self._share(micro_batches), strict=True):
+                computed = objective.backward(
                     self.policy, micro_batch, denominator, stats, scale=self.ranks.world_size, recompute=checked
                 )
                 self.optimizer.accumulate()
+                if index is not None:
+                    streams[batch.update_bounds[update_index] + index] = computed
         grad_norm = self.optimizer.finish() if denominator > 0 else 0.0
         metrics = update_metrics(*stats.collect(self.ranks), denominator, recompute=checked)
         staleness = self._staleness(micro_batches)
@@ -156,6 +160,7 @@ class Learner:
             finite=math.isfinite(grad_norm) and math.isfinite(metrics["policy/loss"]),
             num_loss_tokens=int(denominator),
             metrics={**batch.metrics, **metrics, "policy/grad_norm": grad_norm, "policy/staleness": staleness},
+            streams=streams,
         )
 
     def apply(self, update: Update, verdict: Verdict) -> dict[str, float]:

@@ -9,6 +9,13 @@ import numpy as np
 import torch
 
 
+def seed_random_states(seed: int) -> None:
+    """Start torch's, Python's and numpy's global generators from `seed`: a world may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
 def random_states(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, JSON values) of torch's, Python's and numpy's global generators."""
     tensors = {"torch": torch.get_rng_state()}
