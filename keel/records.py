@@ -88,7 +88,9 @@ def _header(config: TrainConfig, stage: Stage, step: int) -> dict[str, Any]:
         "step": step,
         "stage": stage.name,
         "seed": config.seed,
-        "config_hash": hashlib.blake2b(config.model_dump_json(exclude={"run_dir"}).encode(), digest_size=16).hexdigest(),
+        "config_hash": hashlib.blake2b(
+            config.model_dump_json(exclude={"run_dir"}).encode(), digest_size=16
+        ).hexdigest(),
         "sampling": {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
         # Draws are made of (seed, step, group, attempt, turn); the learner's own generator is the one state there is.
         "torch_random_state": torch.get_rng_state().numpy().tobytes().hex(),

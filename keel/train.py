@@ -13,7 +13,7 @@ from keel.build import EnvSource, Parts, build
 from keel.config import AlgoConfig, Stage, TrainConfig
 from keel.evaluate import evaluate
 from keel.learner.base import Update
-from keel.monitor.runlog import RunLog, RunSummary
+from keel.monitor.runlog import RunLog, RunSummary, completed_run
 from keel.records import write_records
 from keel.rollout.metrics import rollout_metrics
 from keel.types import Verdict
@@ -30,16 +30,27 @@ def train(config: TrainConfig, env: EnvSource | None = None) -> RunSummary:
 
 
 def resume(run_dir: str | Path, env: EnvSource | None = None) -> RunSummary:
-    """Continue the run in `run_dir` from its newest whole checkpoint, or from its beginning if there is none."""
+    """Continue the run in `run_dir` from its newest whole checkpoint, or from its beginning if there is none.
+
+    A completed run is left as it is, and so is one that the monitor stopped; the summary says so. Raises
+    RunDirectoryError if `run_dir` is no run or another process holds it, CheckpointError if no checkpoint is whole.
+    """
+    completed = completed_run(Path(run_dir))
+    if completed is not None:
+        return completed
     with RunLog.resume(Path(run_dir)) as run, build(run.config, env, run) as parts:
         parts.restore(run)
+        verdict = parts.monitor.standing()
+        if verdict.stops:
+            return run.close("stopped", verdict.reason)
         return run_stages(run.config, run, parts)
 
 
 def run_stages(config: TrainConfig, run: RunLog, parts: Parts) -> RunSummary:
     """All steps that are left, of all stages, with the evaluations between them."""
     parts.publish()
-    measure(config, run, parts, "initial")
+    if parts.learner.step == 0:
+        measure(config, run, parts, "initial")
     for stage in config.stages():
         with run.stage(stage.name, stage.num_steps):
             for step in range(parts.learner.step - stage.first_step, stage.num_steps):
@@ -92,8 +103,8 @@ def close_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, don
 
 
 def measure(config: TrainConfig, run: RunLog, parts: Parts, name: str) -> None:
-    """Evaluate and log under `name`, unless there are no tasks for it or a run that was killed did it before."""
-    if config.eval.num_tasks == 0 or name in run.evaluations:
+    """Evaluate and log under `name`, unless there are no tasks for it."""
+    if config.eval.num_tasks == 0:
         return
     with run.stage("eval", 1):
         run.log_eval(name, evaluate(parts.collector, config.eval), step=parts.learner.step)

@@ -11,6 +11,8 @@ from typing import IO
 from keel.monitor.rows import RunDirectoryError
 
 MAX_SAME_NAME = 1000
+# What a run that was killed before its config was written may have left; config.toml makes a directory a run.
+_BEFORE_CONFIG = (".lock", "environment.json", ".environment.json.tmp", ".config.toml.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,11 @@ class RunPaths:
 def create(run_dir: str, name: str) -> RunPaths:
     """Make a new run directory: `run_dir`, or, if that is empty, runs/<date>-<name> with a number if it is taken.
 
-    Raises RunDirectoryError if `run_dir` exists and holds anything: a run never overwrites another.
+    Raises RunDirectoryError if `run_dir` exists and holds anything: a run never overwrites another. What a run left
+    that was killed before its config was written is no run yet.
     """
     paths = RunPaths(_fresh(name) if not run_dir else Path(run_dir))
-    if paths.root.exists() and (not paths.root.is_dir() or any(paths.root.iterdir())):
+    if paths.root.exists() and (not paths.root.is_dir() or not _nothing_yet(paths.root)):
         raise RunDirectoryError(
             f"run directory {paths.root} is not empty, and a run never overwrites another; "
             f"choose another with --set run_dir=..., or continue it with: keel resume {paths.root}"
@@ -70,6 +73,12 @@ def create(run_dir: str, name: str) -> RunPaths:
     for directory in (paths.root, paths.steps, paths.trajectories, paths.checkpoints):
         directory.mkdir(parents=True, exist_ok=True)
     return paths
+
+
+def _nothing_yet(root: Path) -> bool:
+    items = [item for item in root.iterdir() if item.name not in _BEFORE_CONFIG]
+    rooms = ("steps", "trajectories", "checkpoints")
+    return all(item.name in rooms and item.is_dir() and not any(item.iterdir()) for item in items)
 
 
 def _fresh(name: str) -> Path:

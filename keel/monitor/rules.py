@@ -33,6 +33,12 @@ class Monitor:
         self.skips_in_a_row = 0
         self.skips = 0
 
+    def standing(self) -> Verdict:
+        """The verdict before the next update: a run that was stopped stays so, unless `max_skips` was raised since."""
+        if self.skips_in_a_row < self.max_skips:
+            return Verdict("go")
+        return Verdict("stop", f"{self.skips_in_a_row} updates in a row were skipped")
+
     def judge(self, update: Judged) -> Verdict:
         """ "go", "skip" or "stop", with the reason."""
         broken = [

@@ -47,6 +47,18 @@ class RunSummary:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+def completed_run(run_dir: Path) -> RunSummary | None:
+    """The summary of a run that has nothing left to do, else None. Raises RunDirectoryError if it is no run."""
+    paths = directory.reopen(run_dir)
+    if not paths.status.exists() or read_json(paths.status)["state"] != "completed":
+        return None
+    written = read_json(paths.summary)
+    if written["steps"] < config_load.load(paths.config).steps:
+        return None  # given more steps since
+    reason = "it was complete before; nothing was done"
+    return RunSummary(str(run_dir), "completed", reason, written["steps"], written["eval"], written["seconds"])
+
+
 class RunLog:
     """Writes a run directory. Use as a context manager: an exception is recorded as "failed" before it goes on."""
 
@@ -72,8 +84,8 @@ class RunLog:
         """A new run in a new directory. Raises RunDirectoryError if `config.run_dir` is not empty."""
         trackers.require(config.log.trackers)  # before anything is written
         run = cls(directory.create(config.run_dir, config.name), config)
-        write_text(run.paths.config, config_load.dump(config))
         write_json(run.paths.environment, environment.collect_environment())
+        write_text(run.paths.config, config_load.dump(config))  # last: with its config it is a run, and can be resumed
         run._set_status("starting")
         run._trackers = trackers.open_trackers(config.log, run.paths.root, config.model_dump(mode="json"))
         return run
