@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from keel.ops.matmul import linear
 from keel.ops.rms_norm import rms_norm
 
 _NORMS = ("GptOssRMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")
@@ -73,7 +73,8 @@ class _FittedAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("keel_cache") is not None
-        if not packed or past_key_values is not None or hidden_states.shape[0] != 1:
+        plain = all(type(p) is nn.Linear for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        if not (packed and plain) or past_key_values is not None or hidden_states.shape[0] != 1:
             out: tuple[torch.Tensor, None] = super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )
@@ -93,7 +94,7 @@ class _FittedAttention:
             s_aux=self.sinks,
             **kwargs,
         )
-        return self.o_proj(attended.reshape(1, hidden_states.shape[1], -1)), None
+        return linear(attended[0].flatten(1), self.o_proj.weight, self.o_proj.bias)[None], None
 
 
 def _project_and_turn(
@@ -108,7 +109,7 @@ def _project_and_turn(
     bias = None
     if attention.q_proj.bias is not None:
         bias = torch.cat([_paired(p.bias, width) for p in projections[:2]] + [attention.v_proj.bias])
-    both, value = functional.linear(hidden, weight, bias).split([turned_rows, num_kv_heads * width], dim=-1)
+    both, value = linear(hidden, weight, bias).split([turned_rows, num_kv_heads * width], dim=-1)
     turned = _turn(both.unflatten(-1, (num_heads + num_kv_heads, width // 2, 2)), position_embeddings)
     query, key = turned.split([num_heads, num_kv_heads], dim=1)
     return query, key, value.unflatten(-1, (num_kv_heads, width))

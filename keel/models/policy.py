@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from torch import nn
 from keel.models import experts as keel_experts
 from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
+from keel.models.padding import PaddedRows, pad_index, pad_micro_batch
 from keel.models.progress import no_progress_bars
-from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers
+from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers, replay_for_rows
 from keel.ops.logprobs import DEFAULT_CHUNK_TOKENS, head_logits, linear_logprobs
 
 if TYPE_CHECKING:
@@ -140,34 +142,37 @@ class PolicyModel(nn.Module):
                 f"model: got {micro_batch.num_sequences} packed sequences, which attention = "
                 f"{self.model.config._attn_implementation!r} would let see each other; set attention = 'keel'"
             )
+        rows = pad_micro_batch(micro_batch)
         hidden, recorder = self._hidden(
-            micro_batch.input_ids,
-            micro_batch.positions,
+            rows.input_ids,
+            rows.positions,
             self._recorder(with_routes or with_margins, with_margins=with_margins),
-            cu_seq_lens_q=micro_batch.cu_seqlens,
-            cu_seq_lens_k=micro_batch.cu_seqlens,
+            cu_seq_lens_q=rows.cu_seqlens,
+            cu_seq_lens_k=rows.cu_seqlens,
             max_length_q=micro_batch.max_seqlen,
             max_length_k=micro_batch.max_seqlen,
         )
-        logprobs, entropy = self._score(
-            hidden, micro_batch, loss_rows_only, with_entropy=with_entropy, entropy_grad=entropy_grad
-        )
+        picked = pad_index(micro_batch.loss_mask.nonzero()[:, 0]) if loss_rows_only else None
+        logprobs, entropy = self._score(hidden, rows, picked, with_entropy=with_entropy, entropy_grad=entropy_grad)
+        if loss_rows_only:
+            logprobs, entropy = (_spread(part, micro_batch.loss_mask) for part in (logprobs, entropy))
+        num_tokens = micro_batch.num_tokens
+        assert logprobs is not None
         return TokenOutputs(
-            logprobs,
-            entropy,
-            routes=recorder.routes() if recorder is not None else None,
-            route_margins=recorder.margins() if recorder is not None and with_margins else None,
+            logprobs[:num_tokens],
+            None if entropy is None else entropy[:num_tokens],
+            routes=recorder.routes()[:num_tokens] if recorder is not None else None,
+            route_margins=recorder.margins()[:num_tokens] if recorder is not None and with_margins else None,
         )
 
     def _score(
-        self, hidden: torch.Tensor, micro_batch: MicroBatch, loss_rows_only: bool, **options: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs and entropy of the labels `[T]` from the last hidden states."""
-        labels, temperature, head = micro_batch.labels, micro_batch.temperature, self.head
-        rows = micro_batch.loss_mask.nonzero()[:, 0] if loss_rows_only else None
-        if rows is not None:
-            hidden, labels, temperature = (part.index_select(0, rows) for part in (hidden, labels, temperature))
-        found = linear_logprobs(
+        self, hidden: torch.Tensor, rows: PaddedRows, picked: torch.Tensor | None, **options: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Log-probs and entropy of the labels of `rows`, or of those `picked`, from the last hidden states."""
+        labels, temperature, head = rows.labels, rows.temperature, self.head
+        if picked is not None:
+            hidden, labels, temperature = (part.index_select(0, picked) for part in (hidden, labels, temperature))
+        return linear_logprobs(
             hidden,
             head.weight,
             labels,
@@ -176,13 +181,6 @@ class PolicyModel(nn.Module):
             chunk_tokens=self.head_chunk_tokens,
             **options,
         )
-        if rows is None:
-            return found
-        logprobs, entropy = (
-            None if part is None else part.new_zeros(micro_batch.num_tokens).index_copy(0, rows, part) for part in found
-        )
-        assert logprobs is not None
-        return logprobs, entropy
 
     def trunk(
         self, input_ids: torch.Tensor, positions: torch.Tensor, *, with_routes: bool = False, **attention_kwargs: Any
@@ -238,10 +236,17 @@ class PolicyModel(nn.Module):
             "use_cache": False,
             **attention_kwargs,
         }
-        if recorder is None:
-            return self.model.base_model(**arguments).last_hidden_state[0], None
-        with record_routes(recorder):
+        recording = nullcontext() if recorder is None else record_routes(recorder)
+        with recording, replay_for_rows(input_ids.shape[0]):
             return self.model.base_model(**arguments).last_hidden_state[0], recorder
+
+
+def _spread(part: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
+    """Values of the rows in `mask [T]`, padding behind them, at their places in `[T]`; 0.0 elsewhere."""
+    if part is None:
+        return None
+    places = mask.nonzero()[:, 0]
+    return part.new_zeros(mask.shape[0]).index_copy(0, places, part[: places.shape[0]])
 
 
 def _takes_packed_input(attention: str) -> bool:

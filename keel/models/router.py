@@ -96,6 +96,14 @@ def replay_routes(routes: torch.Tensor) -> Iterator[None]:
         _replay.reset(token)
 
 
+def replay_for_rows(num_rows: int) -> AbstractContextManager[None]:
+    """What is replayed, if anything, filled up to `num_rows` rows that choose for themselves."""
+    routes = _replay.get()
+    if routes is None or routes.shape[0] >= num_rows:
+        return nullcontext()
+    return replay_routes(functional.pad(routes, (0, 0, 0, 0, 0, num_rows - routes.shape[0]), value=-1))
+
+
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of torch's checkpoint: the recomputation replays what the forward pass replayed.
 

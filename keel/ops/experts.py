@@ -15,9 +15,11 @@ token's k results are summed by position, forward and backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from keel.ops.experts_gate import (
@@ -29,6 +31,7 @@ from keel.ops.experts_gate import (
     reaches_limit,
     wide,
 )
+from keel.ops.matmul import padded_rows, product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,23 +129,33 @@ def check_experts(
 
 @dataclass(frozen=True)
 class Segments:
-    """Token-expert pairs sorted by expert: expert e has sorted rows `bounds[e]` to `bounds[e + 1] - 1`."""
+    """Token-expert pairs sorted by expert: expert e has sorted rows `bounds[e]` to `bounds[e + 1] - 1`.
 
-    order: torch.Tensor  # [S] sorted row -> pair
-    tokens: torch.Tensor  # [S] sorted row -> token
+    With padding, an expert's rows are filled up with rows of token 0 that no pair points to.
+    """
+
+    tokens: torch.Tensor  # [P] sorted row -> token
     rows: torch.Tensor  # [T, k] pair -> sorted row
     bounds: list[int]  # [E + 1]
 
 
-def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> Segments:
-    """Sort the pairs of `chosen [T, k]` by expert, keeping the order of tokens within one."""
+def sort_by_expert(chosen: torch.Tensor, num_experts: int, *, padded: bool) -> Segments:
+    """Sort the pairs of `chosen [T, k]` by expert, keeping the order of tokens within one.
+
+    `padded` makes every expert's number of rows one of `padded_rows`.
+    """
     flat = chosen.reshape(-1)
     order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)
+    taken = [padded_rows(count) if padded else count for count in counts.tolist()]
+    bounds = list(accumulate(taken, initial=0))
+    shift = torch.tensor(bounds[:-1], device=flat.device) - (counts.cumsum(0) - counts)
+    places = torch.arange(flat.shape[0], device=flat.device)
     rows = torch.empty_like(order)
-    rows[order] = torch.arange(order.shape[0], device=order.device)
-    ends = torch.bincount(flat, minlength=num_experts).cumsum(0).tolist()
-    tokens = order.div(chosen.shape[1], rounding_mode="floor")
-    return Segments(order, tokens, rows.view(chosen.shape), [0, *ends])
+    rows[order] = places + shift[flat[order]]
+    tokens = order.new_zeros(bounds[-1])
+    tokens[rows] = places.div(chosen.shape[1], rounding_mode="floor")
+    return Segments(tokens, rows.view(chosen.shape), bounds)
 
 
 def sum_of_rows(table: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -179,13 +192,6 @@ def _gates_first(bias: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
     return torch.cat((bias[..., ::2], bias[..., 1::2]), dim=-1) if layout.interleaved else bias
 
 
-def _linear_into(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if bias is None:
-        torch.mm(x, factor, out=out)
-    else:
-        torch.addmm(bias, x, factor, out=out)
-
-
 class _SortedExperts(torch.autograd.Function):
     """Keeps the first projection's outputs `[S, 2I]`; everything else is made again in the backward pass."""
 
@@ -201,55 +207,66 @@ class _SortedExperts(torch.autograd.Function):
         down_bias: torch.Tensor | None,
         layout: ExpertsLayout,
     ) -> torch.Tensor:
-        segments = sort_by_expert(chosen, gate_up.shape[0])
-        width = gate_up.shape[2 if layout.transposed else 1]
-        pre = hidden.new_empty(segments.order.shape[0], width)  # [S, 2I], gates before ups
-        results = hidden.new_empty(segments.order.shape[0], hidden.shape[1])  # [S, Hd]
+        segments = sort_by_expert(chosen, gate_up.shape[0], padded=hidden.device.type == "cpu")
         first_bias = None if gate_up_bias is None else _gates_first(gate_up_bias, layout)
-        clamped = [False] * gate_up.shape[0]
+        pres: list[torch.Tensor] = []  # [n, 2I] of each busy expert, gates before ups
+        results: list[torch.Tensor] = []  # [n, Hd] of each
+        clamped: list[bool] = []
         for expert, rows in busy(segments):
             x = hidden.index_select(0, segments.tokens[rows])
             factor = _right_factor(gate_up[expert], layout, interleaved=layout.interleaved)
-            _linear_into(pre[rows], x, factor, None if first_bias is None else first_bias[expert])
-            clamped[expert] = reaches_limit(pre[rows], layout)
-            gate, up = pre[rows].chunk(2, dim=-1)
-            act = activate(gate, up, layout, clamp=clamped[expert]).to(hidden.dtype)
+            bias = None if first_bias is None else first_bias[expert]
+            pres.append(product(x, factor, rows=x.shape[0], bias=bias))
+            clamped.append(reaches_limit(pres[-1], layout))
+            gate, up = pres[-1].chunk(2, dim=-1)
+            act = activate(gate, up, layout, clamp=clamped[-1]).to(hidden.dtype)
             factor = _right_factor(down[expert], layout, interleaved=False)
-            _linear_into(results[rows], act, factor, None if down_bias is None else down_bias[expert])
-        ctx.save_for_backward(hidden, weights, gate_up, gate_up_bias, down, down_bias, pre)
+            bias = None if down_bias is None else down_bias[expert]
+            results.append(product(act, factor, rows=x.shape[0], bias=bias))
+        ctx.save_for_backward(hidden, weights, gate_up, gate_up_bias, down, down_bias, *pres)
         ctx.segments, ctx.layout, ctx.clamped = segments, layout, clamped
-        return sum_of_rows(results, segments.rows, weights.to(results.dtype))
+        return sum_of_rows(_joined(results, hidden), segments.rows, weights.to(hidden.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
-        hidden, weights, *parameters, pre = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint hands its tensors out a single time
+        (hidden, weights, *parameters), pres = saved[:6], saved[6:]
         needs = ctx.needs_input_grad
         grads = [torch.empty_like(p) if needs[3 + i] else None for i, p in enumerate(parameters)]
         segments: Segments = ctx.segments
-        grad_x = torch.empty(pre.shape[0], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-        grad_weights = torch.empty(pre.shape[0], dtype=wide(weights).dtype, device=hidden.device)
-        sorted_weights = weights.reshape(-1).index_select(0, segments.order)
-        for expert, rows in busy(segments):
+        # Padding rows have weight zero, so whatever they repeat gives nothing to any gradient.
+        sorted_weights = weights.new_zeros(segments.tokens.shape[0])
+        sorted_weights[segments.rows.view(-1)] = weights.reshape(-1)
+        grads_x: list[torch.Tensor] = []
+        grad_weights: list[torch.Tensor] = []
+        pieces = zip(busy(segments), pres, ctx.clamped, strict=True)
+        for (expert, rows), pre, clamp in pieces:
             tokens = segments.tokens[rows]
             x, g = hidden.index_select(0, tokens), grad_out.index_select(0, tokens)
             one = _Expert(
                 [None if p is None else p[expert] for p in parameters],
                 [None if d is None else d[expert] for d in grads],
             )
-            grad_weights[rows] = one.backward(
-                x, g, sorted_weights[rows], pre[rows], ctx.layout, grad_x[rows], clamp=ctx.clamped[expert]
-            )
+            grad_x, grad_weight = one.backward(x, g, sorted_weights[rows], pre, ctx.layout, clamp=clamp)
+            grads_x.append(grad_x)
+            grad_weights.append(grad_weight)
         for expert in _idle(segments):
             for grad in grads:
                 if grad is not None:
                     grad[expert].zero_()
         return (
-            sum_of_rows(grad_x, segments.rows) if needs[0] else None,
+            sum_of_rows(_joined(grads_x, hidden), segments.rows) if needs[0] else None,
             None,
-            grad_weights[segments.rows].to(weights.dtype) if needs[2] else None,
+            torch.cat(grad_weights)[segments.rows].to(weights.dtype) if needs[2] and grad_weights else None,
             *grads,
             None,
         )
+
+
+def _joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The segments' rows after each other, `[P, Hd]`; without any segment, none."""
+    return torch.cat(parts) if parts else like.new_empty(0, like.shape[1])
 
 
 def busy(segments: Segments) -> list[tuple[int, slice]]:
@@ -278,11 +295,10 @@ class _Expert:
         weights: torch.Tensor,
         pre: torch.Tensor,
         layout: ExpertsLayout,
-        grad_x: torch.Tensor,
         *,
         clamp: bool,
-    ) -> torch.Tensor:
-        """Fill `grads` and `grad_x [n, Hd]` of one segment; returns the gradient of its routing weights `[n]`.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill `grads` from one segment; returns the gradients of its inputs `[n, Hd]` and routing weights `[n]`.
 
         `grad_out [n, Hd]` is the gradient of the tokens' sums. With a = act, r = a @ D + d, the weight's gradient
         grad_out . r is (grad_out @ D.T) . a + grad_out . d, so r itself is not needed.
@@ -294,7 +310,7 @@ class _Expert:
         half = open_gate(gate, up, layout, clamp=clamp)
         act = gated(half, layout)
         down_factor = _right_factor(down, layout, interleaved=False)
-        grad_act = wide(grad_out @ down_factor.t())
+        grad_act = wide(product(grad_out, down_factor.t(), rows=x.shape[0]))
         grad_weights = (grad_act * act).sum(-1)
         if down_bias is not None:
             grad_weights += wide(grad_out @ down_bias)
@@ -304,16 +320,15 @@ class _Expert:
         grad_pre = activate_backward(grad_act, half, pre, layout, clamp=clamp)
         self._store(0, x.t(), grad_pre, layout, interleaved=layout.interleaved)
         factor = _right_factor(gate_up, layout, interleaved=layout.interleaved)
-        torch.mm(grad_pre, factor.t(), out=grad_x)
-        return grad_weights
+        return product(grad_pre, factor.t(), rows=x.shape[0]), grad_weights
 
     def _store(
         self, index: int, left: torch.Tensor, right: torch.Tensor, layout: ExpertsLayout, *, interleaved: bool
     ) -> None:
-        """Gradients of weight number `index`, `left @ right`, and of its bias, the sum of `right`'s rows."""
+        """Gradients of weight number `index`, `left [.., n] @ right [n, ..]`, and of its bias, the sum of `right`."""
         grad, grad_bias = self.grads[index], self.grads[index + 1]
         if grad is not None:
-            _store_factor_grad(grad, left @ right, layout, interleaved=interleaved)
+            _store_factor_grad(grad, product(left, right, rows=right.shape[0]), layout, interleaved=interleaved)
         if grad_bias is not None:
             total = right.sum(0)
             half = total.shape[0] // 2

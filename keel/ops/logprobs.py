@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from keel.ops.matmul import linear, product
+
 DEFAULT_CHUNK_TOKENS = 1024
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`hidden [T, Hd]` times the head `weight [V, Hd]`: logits `[T, V]`, float32 (float64 stays float64)."""
-    logits = functional.linear(hidden, weight, bias)
+    logits = linear(hidden, weight, bias)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -167,9 +169,9 @@ class _LinearLogprobs(torch.autograd.Function):
             # The products in the type of the forward pass; their sum over chunks in float32.
             narrow = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(narrow, weight, out=grad_hidden[rows])
+                grad_hidden[rows] = product(narrow, weight, rows=narrow.shape[0])
             if grad_weight is not None:
-                _add_product(grad_weight, narrow, hidden[rows])
+                grad_weight += product(narrow.t(), hidden[rows], rows=narrow.shape[0])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -183,14 +185,6 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if tensor is None else tensor[rows]
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left.T @ right, in place where the types agree."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.t(), right)
-    else:
-        total += left.t() @ right
 
 
 def _grad_scaled(
