@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -45,23 +46,24 @@ Aim = Mapping[str, Any]
 
 
 class Run:
-    """A run in `path`, through keel's command line in a process of its own; `sets` are settings as of `--set`."""
+    """A run in `path`, through keel's command line in a process of its own; `sets` are its `--set` settings."""
 
     here = Path(__file__).parent
     timeout_s = 200
 
-    def __init__(self, path: Path, sets: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.output = ""
         self.seconds = 0.0  # that the last process lived
         self._config = path.with_name(f"{path.name}.toml")
         self._config.write_text(CONFIG, encoding="utf-8")
-        self._sets = [f"--set={setting}" for setting in (f"run_dir={str(path)!r}", *sets)]
+        self.sets: tuple[str, ...] = ()
 
     def go(self, aim: Aim | None = None, *, killed_after_s: float | None = None) -> int:
         """Start it, or resume it if it has begun; returns the exit code, -9 if it was killed. `aim`: see killing.py."""
         begun = (self.path / "config.toml").exists()
-        command = ["resume", str(self.path)] if begun else ["train", str(self._config), *self._sets]
+        sets = [f"--set={setting}" for setting in (f"run_dir={str(self.path)!r}", *self.sets)]
+        command = ["resume", str(self.path)] if begun else ["train", str(self._config), *sets]
         source = Path(keel.__file__).parent.parent
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (source, self.here)))}
         began = time.monotonic()
@@ -73,6 +75,7 @@ class Run:
             text=True,
         )
         try:
+            # Until the last process that holds the pipe has ended: no child outlives a killed run.
             self.output = process.communicate(timeout=killed_after_s or self.timeout_s)[0]
         except subprocess.TimeoutExpired:
             process.kill()
@@ -83,6 +86,13 @@ class Run:
 
     def finish(self) -> None:
         assert self.go() == 0, self.output
+
+    def set(self, old: str, new: str) -> None:
+        """Change the run's own config, as one who resumes it may."""
+        config = self.path / "config.toml"
+        text = config.read_text(encoding="utf-8")
+        assert text.count(old) == 1, old
+        config.write_text(text.replace(old, new), encoding="utf-8")
 
     def die(self, aim: Aim) -> None:
         assert self.go(aim) == -signal.SIGKILL, f"the aim was never reached:\n{self.output}"
@@ -158,9 +168,17 @@ def assert_same(run: Run, undisturbed: Run) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run that nothing happens to."""
-    run = Run(tmp_path_factory.mktemp("undisturbed") / "run")
-    run.finish()
+    """The run that nothing happens to; made once for all of pytest's processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    run = Run(shared / "undisturbed")
+    seconds = shared / "undisturbed.seconds"
+    with (shared / "undisturbed.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not seconds.exists():
+            run.finish()
+            seconds.write_text(str(run.seconds))
+    run.seconds = float(seconds.read_text())
     assert_complete(run)
     return run
 
@@ -169,6 +187,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def run(tmp_path: Path) -> Run:
     """A run that has not begun."""
     return Run(tmp_path / "run")
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Run:
+    """Another one."""
+    return Run(tmp_path / "other")
+
+
+@pytest.fixture
+def is_same() -> Any:
+    """`is_same(run, other)` asserts that both left the same."""
+    return assert_same
 
 
 @pytest.fixture

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
+import torch
+
+from keel.algo.losses import LossInputs
 from keel.chat.base import Reply
 from keel.envs.base import Demonstration, Split, Step
 from keel.envs.tool_env import ToolEnv
@@ -55,3 +58,8 @@ def _demonstration(task: Task) -> Demonstration:
         content_type="json",
     )
     return Demonstration(task, ((call,), (Message("assistant", str(button), channel="final"),)))
+
+
+def broken(inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss that is never a number."""
+    return inputs.logprobs * float("nan"), {}

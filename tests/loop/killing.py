@@ -33,7 +33,8 @@ def die() -> None:
 
 
 def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
+    """As a terminal does it: to the process, whichever thread this is."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def tear(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
