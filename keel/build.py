@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,11 +21,15 @@ from keel.chat.factory import make_chat
 from keel.chat.tokenizer import load_tokenizer
 from keel.config import EngineConfig, ModelConfig, TrainConfig
 from keel.engines.base import Engine
+from keel.engines.embedded.engine import EmbeddedEngine
+from keel.engines.process import EngineProcess
 from keel.envs.base import Env
 from keel.envs.load import EnvFactory, env_factory
 from keel.learner.base import LearnerLike
-from keel.learner.checkpoint import latest_checkpoint, prune
+from keel.learner.checkpoint import checkpoint_to_resume, prune
+from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
+from keel.models.policy import PolicyModel
 from keel.monitor.rules import Monitor
 from keel.rollout.collector import Collector
 from keel.rollout.demonstrate import DemonstrationSource
@@ -78,7 +82,7 @@ class Parts:
 
     def restore(self, run: RunLog) -> None:
         """Continue from the newest whole checkpoint, or from the beginning if there is none yet."""
-        path = latest_checkpoint(run.paths.checkpoints)
+        path = checkpoint_to_resume(run.paths.checkpoints)
         if path is None:
             run.restore(None)
             return
@@ -92,9 +96,7 @@ class Parts:
 @contextmanager
 def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[Parts]:
     """The parts of `config`, closed again in the end whatever happens. `env` stands in for the config's `[env]`."""
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    factory = env if env is not None else env_factory(config.env)
+    factory = prepare(config, env)
     model = starting_model(config, factory, run.paths.root)
     chat = make_chat(config.chat, load_tokenizer(model.path))
     run.note_environment(threads=torch.get_num_threads(), device="cpu")
@@ -113,6 +115,34 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
         yield Parts(learner, engine, collector, sources, Monitor(config.monitor.max_skips), loop)
 
 
+@contextmanager
+def build_sampler(config: TrainConfig, env: EnvSource | None) -> Iterator[Collector]:
+    """A collector over an engine on the weights of `config.model`, without a learner: all that an evaluation needs.
+
+    `model.path` is any Hugging Face directory or hub id, a checkpoint's `weights` among them; a tiny preset is built in
+    a temporary directory.
+    """
+    factory = prepare(config, env)
+    with ExitStack() as stack:
+        root = stack.enter_context(tempfile.TemporaryDirectory(prefix="keel-sampler-"))
+        model = starting_model(config, factory, Path(root))
+        chat = make_chat(config.chat, load_tokenizer(model.path))
+        loop = LoopThread()
+        stack.callback(loop.close)
+        engine = make_engine(config, model, learner=None)
+        stack.callback(lambda: loop.run(engine.close()))
+        collector = Collector(engine, factory, chat, config.rollout, config.env, seed=config.seed, loop=loop)
+        stack.callback(collector.close)
+        yield collector
+
+
+def prepare(config: TrainConfig, env: EnvSource | None) -> EnvFactory:
+    """Set the number of threads, before any torch work, and say where environments come from."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    return env if env is not None else env_factory(config.env)
+
+
 def starting_model(config: TrainConfig, factory: EnvFactory, root: Path) -> ModelConfig:
     """The `[model]` section with a `path` that can be loaded; a tiny model is built below the run directory, once."""
     if not config.model.tiny.preset:
@@ -121,7 +151,7 @@ def starting_model(config: TrainConfig, factory: EnvFactory, root: Path) -> Mode
     if not path.exists():
         unfinished = root / "model.tmp"
         build_tiny_start(config, factory, unfinished)
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     return config.model.model_copy(update={"path": str(path)})
 
 
@@ -129,40 +159,44 @@ def make_learner(config: TrainConfig, model: ModelConfig) -> LearnerLike:
     """One process, or a group of ranks behind the same methods."""
     if config.learner.ranks == 1:
         return Learner(model, config.learner, seed=config.seed)
-    from keel.learner.group import LearnerGroup
-
     return LearnerGroup(model, config.learner, seed=config.seed)
 
 
-def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike) -> Engine:
-    """The engine of `config`. An embedded one in a single process samples from the learner's own modules."""
-    from keel.engines.embedded.engine import EmbeddedEngine
-    from keel.models.policy import PolicyModel
+def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | None) -> Engine:
+    """The engine of `config`.
 
+    An embedded one in the process of a learner with one rank samples from the learner's own modules. Any other has
+    weights of its own, those of `model.path` until they are published to; without a learner they stay.
+    """
     engine: EngineConfig = config.engine
     limit = config.rollout.max_sequence_tokens
     if engine.id != "embedded":
         made: Engine = plugins.resolve(engine.id, "keel.engines")(model, engine, max_sequence_tokens=limit)
         return made
+    version = 0 if learner is None else learner.version
     if engine.process == "separate":
-        from keel.engines.process import EngineProcess
-
-        return EngineProcess(model, engine, max_sequence_tokens=limit, num_threads=config.num_threads)
+        # The number in force here, set or torch's own choice: other threads, other bits.
+        num_threads = torch.get_num_threads()
+        return EngineProcess(model, engine, max_sequence_tokens=limit, version=version, num_threads=num_threads)
     if isinstance(learner, Learner):
-        return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=learner.version)
-    policy = PolicyModel.load(
+        return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=version)
+    policy = load_policy(model)
+    return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=version, shares_weights=False)
+
+
+def load_policy(model: ModelConfig) -> PolicyModel:
+    """The policy of `model.path`, to sample from."""
+    return PolicyModel.load(
         model.path,
         dtype=model.dtype,
         attention=model.attention,
         experts=model.experts,
+        head_chunk_tokens=model.head_chunk_tokens,
         trust_remote_code=model.trust_remote_code,
     )
-    return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=learner.version, shares_weights=False)
 
 
-def make_sources(
-    config: TrainConfig, factory: EnvFactory, chat: Chat, collector: Collector
-) -> dict[str, GroupSource]:
+def make_sources(config: TrainConfig, factory: EnvFactory, chat: Chat, collector: Collector) -> dict[str, GroupSource]:
     """Where each stage's groups come from."""
     makers: dict[str, Callable[[], GroupSource]] = {
         "warm_start": functools.partial(_demonstrations, config, factory, chat),

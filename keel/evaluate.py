@@ -21,8 +21,10 @@ def evaluate(collector: Collector, config: EvalConfig) -> dict[str, float]:
 
     `success` with its 95 % Wilson interval (`success_low`, `success_high`) if the environment says what a success is,
     `reward`, `num_tasks` (those that the world did not spoil), `failed`, `tokens` and `turns` per episode. Raises
-    EvaluationError if the environment has fewer held-out tasks than that.
+    EvaluationError if that is none, or more than the environment holds out; RolloutError if every attempt failed.
     """
+    if config.num_tasks == 0:
+        raise EvaluationError("eval.num_tasks is 0, so there is nothing to evaluate: set it to a number of tasks")
     held_out = collector.tasks("eval")
     if len(held_out) < config.num_tasks:
         raise EvaluationError(
@@ -48,7 +50,11 @@ def evaluate(collector: Collector, config: EvalConfig) -> dict[str, float]:
 
 
 def evaluate_checkpoint(config: TrainConfig, env: EnvSource | None = None) -> dict[str, float]:
-    """Evaluate `config.model.path` on the config's environment, without a run directory."""
+    """Evaluate the model of `config.model` on the config's environment, without a learner and a run directory.
+
+    `model.path` is any Hugging Face directory or hub id; of a run's checkpoint it is the directory `weights`. Raises
+    what `evaluate` raises.
+    """
     from keel.build import build_sampler
 
     with build_sampler(config, env) as collector:
