@@ -91,7 +91,7 @@ class CalculatorEnv(ToolEnv):
     out. `min_terms` to `max_digits` shape the sums, `product_min_digits` and `product_max_digits` the products of two
     numbers; a task name left out of `tasks_of` is not used.
 
-    Demonstrations: `guess_share` of them answer at once with a guess (a random number of the right length), the others
+    Demonstrations: `guess_share` of them answer at once with a guess (a random digit), the others
     call the calculator and report what it says.
     """
 
@@ -153,7 +153,7 @@ class CalculatorEnv(ToolEnv):
     def _demonstrate(self, tasks: Sequence[Task], draw: random.Random) -> Demonstration:
         task = tasks[draw.randrange(len(tasks))]
         if draw.random() < self._guess_share:
-            return Demonstration(task, ((_final(_guess(str(task.data["answer"]), draw)),),))
+            return Demonstration(task, ((_final(_guess(draw)),),))
         expression = str(self._source.entry(task)["metadata"]["expression"])
         return Demonstration(task, ((_call(expression),), (_final(evaluate(expression)),)))
 
@@ -170,11 +170,9 @@ def _final(answer: str) -> Message:
     return Message("assistant", answer, channel="final")
 
 
-def _guess(answer: str, draw: random.Random) -> str:
-    """A number of the answer's sign and length, digits at random."""
-    digits = len(answer.lstrip("-"))
-    low = 10 ** (digits - 1) if digits > 1 else 0
-    return ("-" if answer.startswith("-") else "") + str(draw.randint(low, 10**digits - 1))
+def _guess(draw: random.Random) -> str:
+    """A digit, hastily: the fewer digits nobody can foresee, the less noise in what the demonstrations teach."""
+    return str(draw.randrange(10))
 
 
 def _random(purpose: str, seed: int, number: int) -> random.Random:
