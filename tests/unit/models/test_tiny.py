@@ -104,6 +104,13 @@ def test_tokenizer_keeps_any_text_and_splits_digits():
     assert len(tokenizer.encode("The sum is")) < len("The sum is"), "nothing was merged"
 
 
+def test_tokens_across_words_shorten_what_always_returns_and_still_split_digits():
+    plain, across = (build_tiny_tokenizer(TEXTS, 320, across_words=across) for across in (False, True))
+    assert len(across.encode(TEXTS[0])) < len(plain.encode(TEXTS[0]))
+    assert across.decode(across.encode(TEXTS[0])) == TEXTS[0]
+    assert across.convert_ids_to_tokens(across.encode("345")) == ["3", "4", "5"]
+
+
 def test_special_tokens_are_one_token_each_and_last():
     harmony = build_tiny_tokenizer(TEXTS, 300)
     ids = [harmony.convert_tokens_to_ids(token) for token in HARMONY_SPECIAL_TOKENS]
