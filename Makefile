@@ -12,10 +12,11 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # One thread per process: torch's threads of several test processes would stand in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help install quickstart test lint mutants soak docs clean
+.PHONY: help install quickstart control test lint mutants soak docs clean
 
 help:
 	@echo "make quickstart [SEED=0]  install, then train a small agent (minutes)"
+	@echo "make control [SEED=0]     the same with rewards shuffled inside each group: it must gain nothing"
 	@echo "make test                 install, then lint, types and tests"
 	@echo "make install              only make .venv"
 	@echo "make mutants              break the code on purpose; each break must fail its test"
@@ -46,6 +47,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)
 	$(BIN)/keel quickstart --seed $(SEED)
+
+control: $(STAMP)
+	$(BIN)/python -m keel quickstart --seed $(SEED) --set name=control \
+	  --set algo.advantage=benchmarks.control:shuffled_group_mean
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

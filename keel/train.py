@@ -127,18 +127,24 @@ def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
+COUNTS = ("policy/loss_tokens", "mismatch/outliers", "mismatch/outliers_routed")
+WORST = ("_max", "_max_dev", "/staleness")
+
+
 def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """One row of several updates: means weighted by loss tokens, and the worst where a name says it is a maximum."""
-    tokens = sum(update.num_loss_tokens for update in updates)
+    """One row of several updates: counts are summed, maxima are the worst, all else is a mean over loss tokens."""
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for update in updates for name in update.metrics):
         values = [(update.metrics[name], update.num_loss_tokens) for update in updates if name in update.metrics]
-        if name.endswith(("_max", "_max_dev")):
+        tokens = sum(weight for _, weight in values)
+        if name in COUNTS:
+            merged[name] = sum(value for value, _ in values)
+        elif name.endswith(WORST):
             merged[name] = max(value for value, _ in values)
         elif len(values) == 1 or tokens == 0:
             merged[name] = values[-1][0]
         else:
-            merged[name] = sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+            merged[name] = sum(value * weight for value, weight in values) / tokens
     return merged
 
 

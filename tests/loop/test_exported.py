@@ -97,12 +97,34 @@ def test_an_evaluation_of_the_weights_is_the_runs_last(warm_run, warm_weights):
     """Through a sampler without a learner, and from the command line: the same draws, so the same numbers."""
     run, weights = warm_run("gpt_oss"), warm_weights("gpt_oss")
     config = run_config(run, weights)
-    final = json.loads((run / "summary.json").read_text())["eval"]["final"]
+    evaluations = json.loads((run / "summary.json").read_text())["eval"]
+    assert list(evaluations) == ["initial", "after_warm_start", "final"]
     found = evaluate_checkpoint(config)
-    assert found == {name: value for name, value in final.items() if name != "step"}
+    assert found == {name: value for name, value in evaluations["final"].items() if name != "step"}
+    assert found != {name: value for name, value in evaluations["after_warm_start"].items() if name != "step"}
     told = CliRunner().invoke(app, ["eval", str(run / "config.toml"), "--model", weights])
     assert told.exit_code == 0, told.output
     assert describe(found) in told.output
+
+
+def test_metrics_are_those_of_the_episodes(warm_run, warm_weights):
+    """Temperature and seed are the config's; an episode that was cut off is no success."""
+    config = run_config(warm_run("gpt_oss"), warm_weights("gpt_oss"))
+    settings = config.eval.model_copy(update={"num_tasks": 20, "temperature": 0.7, "seed": 5})
+    with build_sampler(config, None) as collector:
+        found = evaluate(collector, settings)
+        episodes = collector.collect_eval(collector.tasks("eval")[:20], temperature=0.7, seed=5)
+        others = [evaluate(collector, settings.model_copy(update=u)) for u in ({"seed": 6}, {"temperature": 0.0})]
+    replies = [turn for episode in episodes for turn in episode.turns]
+    successes = [episode.success is True for episode in episodes]
+    assert (found["num_tasks"], found["failed"]) == (20, 0)
+    assert found["success"] == sum(successes) / 20
+    assert found["success_low"] <= found["success"] <= found["success_high"]
+    assert found["reward"] == sum(episode.reward for episode in episodes) / 20
+    assert found["turns"] == len(replies) / 20
+    assert found["tokens"] == sum(episode.num_policy_tokens for episode in episodes) / 20
+    assert found["malformed"] == sum(turn.malformed is not None for turn in replies)
+    assert all(other["tokens"] != found["tokens"] or other["reward"] != found["reward"] for other in others)
 
 
 def test_a_fresh_tiny_model_can_be_evaluated(tmp_path, make_config):

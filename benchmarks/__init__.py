@@ -1,0 +1,1 @@
+"""Experiments on Keel that are no part of it; run them from the repository's root."""
