@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from keel.config import EngineConfig
     from keel.models.policy import PolicyModel
 
-SHORT_CHUNK, LONG_CHUNK = 8, 32
+SHORT_CHUNK, LONG_CHUNK = 4, 32
 LONG_CAPACITY = 512
 """Prefill chunks have `SHORT_CHUNK` rows up to this capacity (little padding), `LONG_CHUNK` beyond (fewer reads)."""
 

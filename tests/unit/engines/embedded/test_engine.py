@@ -36,6 +36,16 @@ async def turns_of_the_loop(count: int) -> None:
         await asyncio.sleep(0)
 
 
+async def finished(task: asyncio.Task[GenerateResult]) -> GenerateResult:
+    """The task's result, or a failed test if it hangs: each turn of the loop is a pass of the engine."""
+    for _ in range(500):
+        if task.done():
+            break
+        await asyncio.sleep(0)
+    assert task.done()
+    return task.result()
+
+
 # ---- sessions
 
 
@@ -228,7 +238,7 @@ def test_cancelling_frees_the_slot_and_the_session(make_engine: Make) -> None:
         await turns_of_the_loop(9)
         waiting.cancel()
         running.cancel()
-        result = await after
+        result = await finished(after)
         assert running.cancelled()
         assert waiting.cancelled()
         assert (await engine.health()).running == 0
@@ -250,7 +260,7 @@ def test_those_who_wait_for_a_copy_of_a_cancelled_prompt_compute_it_themselves(m
         tasks[0].cancel()
         await turns_of_the_loop(2)
         await engine.resume()
-        return [await task for task in tasks[1:]]
+        return [await finished(task) for task in tasks[1:]]
 
     assert [result.spans for result in asyncio.run(main())] == [undisturbed.spans] * 3
 
@@ -408,7 +418,8 @@ def test_one_request_with_bad_logits_ends_alone_and_leaves_nothing_behind(make_e
     poison(engine, 310)
 
     async def main() -> list[GenerateResult]:
-        bad = engine.generate(ask((*PROMPT[:9], 310, 12), session="bad"))
+        # Longer than what comes after it in its slot, so that nothing is overwritten by chance.
+        bad = engine.generate(ask((*PROMPT, *range(20), 310, 12), session="bad"))
         results = list(await asyncio.gather(bad, engine.generate(ask(session="good"))))
         await engine.end_session("good")
         return results + [await engine.generate(ask(session="")) for _ in range(3)]  # whatever slot they get
