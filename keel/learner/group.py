@@ -18,6 +18,7 @@ from keel.batch import MicroBatch, PackedBatch
 from keel.config import LearnerConfig, ModelConfig, Stage
 from keel.learner.base import LearnerError, Update
 from keel.learner.gradient import Objective
+from keel.learner.randomness import seed_random_states
 from keel.learner.rank import CLOSE, Answer, Call, RankSpec, receive, run_rank, send
 from keel.sync.base import WeightSource
 from keel.types import Verdict
@@ -34,7 +35,11 @@ class LearnerGroup:
     """
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig, *, seed: int = 0) -> None:
-        """Start the ranks and wait until each has its shard. Raises what a rank raised while it loaded the model."""
+        """Start the ranks and wait until each has its shard; `seed` seeds every process, this one too.
+
+        Raises what a rank raised while it loaded the model.
+        """
+        seed_random_states(seed)
         self.num_ranks = learner.ranks
         self.step = 0
         self.version = 0

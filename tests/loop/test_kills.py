@@ -117,3 +117,25 @@ def test_killed_at_random_times(run, undisturbed, same_as_undisturbed, seed):
     run.go(killed_after_s=draw.uniform(0.1, 1.0) * undisturbed.seconds)
     run.finish()
     same_as_undisturbed(run)
+
+
+SETTINGS = {
+    "two_threads": ("num_threads=2",),
+    "bfloat16_reference_and_two_updates": (
+        'model.dtype="bfloat16"',
+        "algo.kl.coefficient=0.1",
+        "algo.updates_per_batch=2",
+    ),
+    "arithmetic": ('env.id="CalculatorEnv"', "env.options={num_tasks=300}"),
+    "qwen3_moe": ('model.tiny={preset="qwen3_moe", vocab_size=320, options={num_hidden_layers=2}}',),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sets", cases(SETTINGS))
+def test_killed_in_other_settings(run, other_run, is_same, sets):
+    run.sets = other_run.sets = sets
+    run.die(AT_STEP["between_publish_and_records"])
+    run.finish()
+    other_run.finish()
+    is_same(run, other_run)
