@@ -19,7 +19,7 @@ from keel import plugins
 from keel.chat.base import Chat
 from keel.chat.factory import make_chat
 from keel.chat.tokenizer import load_tokenizer
-from keel.config import EngineConfig, ModelConfig, TrainConfig
+from keel.config import EngineConfig, EnvConfig, ModelConfig, TrainConfig
 from keel.engines.base import Engine
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.engines.process import EngineProcess
@@ -31,11 +31,12 @@ from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
 from keel.models.policy import PolicyModel
 from keel.monitor.rules import Monitor
+from keel.rewards.base import Reward
 from keel.rollout.collector import Collector
 from keel.rollout.demonstrate import DemonstrationSource
 from keel.rollout.loop_thread import LoopThread
 from keel.sync.publish import publish
-from keel.tiny_start import build_tiny_start
+from keel.tiny_start import build_tiny_start, named_demonstrations
 from keel.types import Group
 
 if TYPE_CHECKING:
@@ -108,7 +109,15 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
         engine = make_engine(config, model, learner)
         stack.callback(lambda: loop.run(engine.close()))
         collector = Collector(
-            engine, factory, chat, config.rollout, config.env, seed=config.seed, num_steps=config.steps, loop=loop
+            engine,
+            factory,
+            chat,
+            config.rollout,
+            config.env,
+            seed=config.seed,
+            num_steps=config.steps,
+            reward=make_reward(config.env),
+            loop=loop,
         )
         stack.callback(collector.close)
         sources = make_sources(config, factory, chat, collector)
@@ -131,7 +140,10 @@ def build_sampler(config: TrainConfig, env: EnvSource | None) -> Iterator[Collec
         stack.callback(loop.close)
         engine = make_engine(config, model, learner=None)
         stack.callback(lambda: loop.run(engine.close()))
-        collector = Collector(engine, factory, chat, config.rollout, config.env, seed=config.seed, loop=loop)
+        reward = make_reward(config.env)
+        collector = Collector(
+            engine, factory, chat, config.rollout, config.env, seed=config.seed, reward=reward, loop=loop
+        )
         stack.callback(collector.close)
         yield collector
 
@@ -196,6 +208,16 @@ def load_policy(model: ModelConfig) -> PolicyModel:
     )
 
 
+def make_reward(config: EnvConfig) -> Reward | None:
+    """What is added to the environment's own reward; None if nothing is."""
+    if config.reward.id == "none":
+        return None
+    function = plugins.resolve(config.reward.id, "keel.rewards")
+    plugins.check_options(function, config.reward.options, f"reward {config.reward.id!r}")
+    made: Reward = functools.partial(function, **config.reward.options)
+    return made
+
+
 def make_sources(config: TrainConfig, factory: EnvFactory, chat: Chat, collector: Collector) -> dict[str, GroupSource]:
     """Where each stage's groups come from."""
     makers: dict[str, Callable[[], GroupSource]] = {
@@ -206,11 +228,6 @@ def make_sources(config: TrainConfig, factory: EnvFactory, chat: Chat, collector
 
 
 def _demonstrations(config: TrainConfig, factory: EnvFactory, chat: Chat) -> GroupSource:
-    named = config.warm_start.demonstrations
-    return DemonstrationSource(
-        factory,
-        chat,
-        per_step=config.warm_start.demonstrations_per_step,
-        seed=config.seed,
-        demonstrations=plugins.resolve(named, "keel.envs") if named else None,
-    )
+    per_step = config.warm_start.demonstrations_per_step
+    own = named_demonstrations(config.warm_start)
+    return DemonstrationSource(factory, chat, per_step=per_step, seed=config.seed, demonstrations=own)

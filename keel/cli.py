@@ -44,7 +44,12 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's 
 
 
 def main() -> None:
-    """Run the command line; faults that are the user's to mend are told without a traceback."""
+    """Run the command line; faults that are the user's to mend are told without a traceback.
+
+    Plug-ins may lie in the directory the command is given in, which Python leaves out for installed commands.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
         app(standalone_mode=True)
     except (ConfigError, PluginError, RunDirectoryError, TrackerError) as error:

@@ -74,6 +74,7 @@ class ChatConfig(Section):
 class EnvConfig(Section):
     id: str = Field("", description="environment: package.module:Class or a built-in's short name")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword-only arguments of the environment")
+    reward: Plugin = Field(Plugin(id="none"), description="reward added to the environment's own at an episode's end")
     reset_timeout_s: float = Field(60.0, gt=0, description="seconds for reset() before the episode is env_timeout")
     step_timeout_s: float = Field(60.0, gt=0, description="seconds for step() before the episode is env_timeout")
 

@@ -24,6 +24,7 @@ ALGO_ROOMS = {
 }
 ENV_ROOM = "keel.envs"
 ENGINE_ROOM = "keel.engines"
+REWARD_ROOM = "keel.rewards"
 
 
 def check_plugins(config: TrainConfig, where: Where) -> list[Problem]:
@@ -36,7 +37,10 @@ def check_plugins(config: TrainConfig, where: Where) -> list[Problem]:
         problems += _check(config.env.id, ENV_ROOM, config.env.options, ("env", "options"), ("env", "id"), where)
     if config.engine.id != "embedded":
         problems += _check(config.engine.id, ENGINE_ROOM, None, ("engine",), ("engine", "id"), where)
-    if config.warm_start.steps > 0 and not problems:
+    if config.env.reward.id != "none":
+        reward = config.env.reward
+        problems += _check(reward.id, REWARD_ROOM, reward.options, ("env", "reward"), ("env", "reward", "id"), where)
+    if (config.warm_start.steps > 0 or config.model.tiny.preset) and not problems:
         problems += _check_demonstrations(config, where)
     return problems
 
@@ -90,7 +94,7 @@ def _check_types(target: Callable[..., Any], options: Mapping[str, Any], path: P
 
 
 def _check_demonstrations(config: TrainConfig, where: Where) -> list[Problem]:
-    """A warm start needs something to imitate: demonstrations of its own, or an environment that has some."""
+    """A warm start needs something to imitate, and a tiny model's tokenizer texts to learn from."""
     path = ("warm_start", "demonstrations")
     if config.warm_start.demonstrations:
         return _check(config.warm_start.demonstrations, ENV_ROOM, None, path, path, where)
@@ -98,6 +102,14 @@ def _check_demonstrations(config: TrainConfig, where: Where) -> list[Problem]:
     base = plugins.resolve("keel.envs.base:Env", ENV_ROOM)
     if not inspect.isclass(env) or getattr(env, "demonstrations", None) not in (None, base.demonstrations):
         return []  # it has some, or is an object or a factory, which the run itself asks
-    fix = 'name demonstrations = "package.module:name", give the environment a method demonstrations, or set steps = 0'
-    got = f"steps = {config.warm_start.steps}, environment {config.env.id} without demonstrations"
-    return [Problem(where(("warm_start", "steps")), "a warm start needs demonstrations", got, fix)]
+    fix = 'name demonstrations = "package.module:name", or give the environment a method demonstrations'
+    if config.warm_start.steps > 0:
+        got = f"steps = {config.warm_start.steps}, environment {config.env.id} without demonstrations"
+        return [
+            Problem(
+                where(("warm_start", "steps")), "a warm start needs demonstrations", got, f"{fix}, or set steps = 0"
+            )
+        ]
+    got = f"model.tiny.preset = {shown(config.model.tiny.preset)}, environment {config.env.id} without demonstrations"
+    what = "a tiny model's tokenizer learns its words from demonstrations"
+    return [Problem(where(("model", "tiny", "preset")), what, got, f"{fix}, or set model.path")]

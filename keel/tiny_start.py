@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from keel import plugins
 from keel.chat.factory import make_chat
-from keel.config import TrainConfig
+from keel.config import TrainConfig, WarmStartConfig
 from keel.envs.load import EnvFactory
 from keel.models.tiny import CHATML_SPECIAL_TOKENS, HARMONY_SPECIAL_TOKENS, build_tiny_model, build_tiny_tokenizer
-from keel.rollout.demonstrate import DemonstrationSource
+from keel.rollout.demonstrate import Demonstrations, DemonstrationSource
 
 NUM_DEMONSTRATIONS = 1000
 
@@ -32,12 +33,21 @@ def build_tiny_start(config: TrainConfig, factory: EnvFactory, path: Path) -> No
     build_tiny_model(tiny.preset, path, tokenizer=tokenizer, seed=config.seed, **tiny.options)
 
 
+def named_demonstrations(config: WarmStartConfig) -> Demonstrations | None:
+    """The demonstrations that the config names; None: the environment's own."""
+    if not config.demonstrations:
+        return None
+    found: Demonstrations = plugins.resolve(config.demonstrations, "keel.envs")
+    return found
+
+
 def demonstration_texts(config: TrainConfig, factory: EnvFactory, style: Literal["harmony", "chatml"]) -> Iterator[str]:
     """The ordinary text between the special tokens of `NUM_DEMONSTRATIONS` demonstrations."""
     special = HARMONY_SPECIAL_TOKENS if style == "harmony" else CHATML_SPECIAL_TOKENS
     cut = re.compile("|".join(map(re.escape, special)))
     plain_bytes = build_tiny_tokenizer([], 256 + len(special), style=style)
-    source = DemonstrationSource(factory, make_chat(config.chat, plain_bytes), per_step=NUM_DEMONSTRATIONS, seed=0)
+    chat, own = make_chat(config.chat, plain_bytes), named_demonstrations(config.warm_start)
+    source = DemonstrationSource(factory, chat, per_step=NUM_DEMONSTRATIONS, seed=0, demonstrations=own)
     for group in source.next_groups(0):
         for segment in group.trajectories[0].segments:
             text = plain_bytes.decode(list(segment.token_ids), skip_special_tokens=False)

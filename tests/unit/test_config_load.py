@@ -272,3 +272,15 @@ def test_every_line_of_the_dump_is_found_where_it_stands():
         for option in table.options:
             assert lines[found[option.path] - 1].startswith(f"{option.path[-1]} ="), option.name
             assert field_at(option.path) is not None
+
+
+def test_a_reward_is_a_plugin_of_the_environment() -> None:
+    config = parse('[env]\nid = "CalculatorEnv"\nreward = { id = "exact_match", ignore_case = true }\n')
+    assert config.env.reward.options == {"ignore_case": True}
+    with pytest.raises(ConfigError, match="answer_key"):
+        parse('[env]\nid = "CalculatorEnv"\nreward = { id = "exact_match", anser_key = "x" }\n')
+
+
+def test_a_tiny_model_needs_demonstrations_to_learn_words_from() -> None:
+    with pytest.raises(ConfigError, match="tokenizer learns its words"):
+        parse('[model.tiny]\npreset = "gpt_oss"\n[env]\nid = "ReasoningGymEnv"\noptions = { datasets = {} }\n')
