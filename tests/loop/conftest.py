@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import keel
@@ -128,11 +129,12 @@ def remains(run: Run) -> dict[str, Any]:
 
 
 def _tensors(path: Path, name: str) -> dict[str, Any]:
-    with safe_open(path, framework="np") as file:
+    with safe_open(path, framework="pt") as file:
         found = {f"{name}: metadata": file.metadata()}
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
-            array = file.get_tensor(key)
-            found[f"{name}: {key}"] = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest())
+            tensor = file.get_tensor(key)
+            content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[f"{name}: {key}"] = (str(tensor.dtype), tensor.shape, hashlib.sha256(content).hexdigest())
     return found
 
 

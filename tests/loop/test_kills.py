@@ -126,7 +126,7 @@ SETTINGS = {
         "algo.kl.coefficient=0.1",
         "algo.updates_per_batch=2",
     ),
-    "arithmetic": ('env.id="CalculatorEnv"', "env.options={num_tasks=300}"),
+    "arithmetic": ('env.id="CalculatorEnv"', "env.options={num_tasks=300}", "rollout.max_sequence_tokens=192"),
     "qwen3_moe": ('model.tiny={preset="qwen3_moe", vocab_size=320, options={num_hidden_layers=2}}',),
 }
 
