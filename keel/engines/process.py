@@ -194,19 +194,24 @@ class EngineProcess:
 
     def _read(self) -> None:
         """The reading thread: answers to waiters, until the pipe closes; then everybody learns of it."""
-        while True:
-            try:
+        fault = ""
+        try:
+            while True:
                 kind, number, content = self._connection.recv()
-            except (EOFError, OSError):
-                break
-            waiter = self._waiters.get(number)
-            if waiter is not None:
-                waiter.give(content if kind == "result" else None, content if kind == "error" else None)
-        self._process.join(STOP_TIMEOUT_S)
-        if self._dead is None:
-            self._dead = f"engine process {self.pid} ended with code {self._process.exitcode}"
-        for waiter in list(self._waiters.values()):
-            waiter.give(None, EngineError(self._dead))
+                waiter = self._waiters.get(number)
+                if waiter is not None:
+                    waiter.give(content if kind == "result" else None, content if kind == "error" else None)
+        except (EOFError, OSError):
+            pass  # the pipe is closed: an ordinary end, or the process died
+        except Exception as error:  # noqa: BLE001 (whatever unpickling an answer raises; the waiters are told below)
+            fault = f"; its answer could not be read: {type(error).__name__}: {error}"
+            self._process.terminate()  # whose answer that was is unknown, so no later one can be trusted to arrive
+        finally:
+            self._process.join(STOP_TIMEOUT_S)
+            if self._dead is None:
+                self._dead = f"engine process {self.pid} ended with code {self._process.exitcode}{fault}"
+            for waiter in list(self._waiters.values()):
+                waiter.give(None, EngineError(self._dead))
 
     def _check_alive(self) -> None:
         if self._dead is not None:
