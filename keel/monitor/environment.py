@@ -18,8 +18,23 @@ from typing import Any
 import psutil
 
 PACKAGES = ("keel-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "reasoning-gym")
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED")
-DECIDES_BITS = ("cpu", "threads", "device", "packages.torch", "variables.ATEN_CPU_CAPABILITY")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTHONHASHSEED",
+)
+DECIDES_BITS = (
+    "cpu",
+    "threads",
+    "device",
+    "packages.torch",
+    "packages.transformers",
+    "variables.ATEN_CPU_CAPABILITY",
+    "variables.ONEDNN_MAX_CPU_ISA",
+)
 """Facts that decide floating-point rounding: if one differs, a resumed run may differ in the last bits."""
 
 

@@ -144,7 +144,10 @@ class RunLog:
             self._set_status("running")
 
     def log_step(self, step: int, metrics: Metrics, *, stage: str = "reinforcement") -> None:
-        """Append the row of `step`, which only grows within a stage. Raises RunDirectoryError for one logged before."""
+        """Append the row of `step`, which only grows within a stage. Raises RunDirectoryError for one logged before.
+
+        Every row has a `train_step` too: training steps finished, over all stages, when it was written.
+        """
         last = self._last_step.get(stage, -1)
         if step <= last:
             raise RunDirectoryError(
@@ -157,17 +160,25 @@ class RunLog:
         self._display.step(stage, self._num_steps[stage] - 1, metrics)
         for tracker in self._trackers:
             tracker.log(
-                step, {f"{stage}/{name}" if stage != "reinforcement" else name: metrics[name] for name in metrics}
+                self._train_step,
+                {f"{stage}/{name}" if stage != "reinforcement" else name: metrics[name] for name in metrics},
             )
 
     def log_eval(self, name: str, metrics: Metrics, *, step: int) -> None:
-        """Append an evaluation's row; `name` is its key in summary.json ("initial", "after_warm_start", "final")."""
+        """Append an evaluation's row; `name` is its key in summary.json ("initial", "after_warm_start", "final").
+
+        `step` is what the evaluation calls its step: the learner's, over all stages.
+        """
         prefixed = {f"eval/{key}": value for key, value in metrics.items()}
         self._append({"kind": "eval", "name": name, "step": step}, prefixed)
         self._evaluations[name] = {"step": step, **plain_numbers(metrics)}
         self._display.note(f"eval {name}: {live.describe(metrics)}")
         for tracker in self._trackers:
-            tracker.log(step, prefixed)
+            tracker.log(self._train_step, prefixed)
+
+    @property
+    def _train_step(self) -> int:
+        return sum(self._num_steps.values())
 
     @property
     def evaluations(self) -> Mapping[str, Mapping[str, float]]:
@@ -179,7 +190,8 @@ class RunLog:
         self._display.note(text)
 
     def _append(self, head: Mapping[str, Any], metrics: Metrics) -> None:
-        append_row(self.paths.metrics, {**head, "unix_s": time.time(), **plain_numbers(metrics)})
+        common = {"train_step": self._train_step, "unix_s": time.time()}
+        append_row(self.paths.metrics, {**head, **common, **plain_numbers(metrics)})
         self._num_rows += 1
 
     def state(self) -> dict[str, Any]:

@@ -19,7 +19,8 @@ class TrackerError(RuntimeError):
 
 
 class Tracker(Protocol):
-    """Takes a step's numbers. `step` counts from 0 in its stage; names of other stages carry the stage's name."""
+    """Takes a step's numbers. `step` counts training steps finished over all stages; names of
+    other stages than reinforcement carry the stage's name."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 

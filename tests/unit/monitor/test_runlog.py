@@ -12,7 +12,7 @@ import pytest
 
 from keel import config_load
 from keel.config import TrainConfig
-from keel.monitor import RunLog, success_metrics
+from keel.monitor import RunLog, environment, success_metrics
 from keel.monitor.rows import RunDirectoryError, read_rows
 
 
@@ -97,6 +97,7 @@ def test_a_killed_and_resumed_run_has_the_rows_of_the_undisturbed_one(tmp_path):
         do_steps(resumed, 3, 6)
         assert resumed.close().eval == {"after_warm_start": {"step": 0, "success": 0.5}}
     assert rows_of(resumed) == rows_of(calm)
+    assert [row["train_step"] for row in rows_of(resumed)] == [1, 1, 2, 3, 4, 5, 6, 7]  # eval after the warm start
     assert names(resumed.paths.steps) == names(calm.paths.steps)
 
 
@@ -178,7 +179,17 @@ def test_another_machine_is_warned_about(tmp_path):
             assert resumed.note_environment(threads=1, device="cpu") == ["threads was 2, is 1"]
     recorded = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert recorded["threads"] == 2
+    assert recorded["packages"]["transformers"]
     assert [entry["changes"] for entry in recorded["resumed"]] == [[], ["threads was 2, is 1"]]
+
+
+@pytest.mark.parametrize("fact", ["packages.torch", "packages.transformers", "variables.ONEDNN_MAX_CPU_ISA"])
+def test_what_decides_bits_is_recorded_and_compared(monkeypatch, fact):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    section, name = fact.split(".")
+    before, now = environment.collect_environment(), environment.collect_environment()
+    now[section][name] += " of another kind"
+    assert [line.partition(" ")[0] for line in environment.differences(before, now)] == [fact]
 
 
 def test_seconds_of_a_stage_inside_another_are_its_own(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def config_for(tmp_path):
 def test_tensorboard_reads_back_what_a_killed_and_resumed_run_logged(tmp_path):
     run = RunLog.open(config_for(tmp_path))
     run.log_step(0, {"policy/loss": 9.0}, stage="warm_start")
-    run.log_eval("initial", {"success": 0.5}, step=0)
+    run.log_eval("after_warm_start", {"success": 0.5}, step=1)
     run.log_step(0, {"reward/mean": 0.25, "policy/loss": math.nan})
     state = run.state()
     run._trackers[0].close()
@@ -34,9 +34,9 @@ def test_tensorboard_reads_back_what_a_killed_and_resumed_run_logged(tmp_path):
         for tag in events.Tags()["tensors"]
     }
     assert points == {
-        "warm_start/policy/loss": [(0, 9.0)],
-        "eval/success": [(0, 0.5)],
-        "reward/mean": [(0, 0.25), (1, 0.75)],
+        "warm_start/policy/loss": [(1, 9.0)],  # training steps finished, over all stages
+        "eval/success": [(1, 0.5)],
+        "reward/mean": [(2, 0.25), (3, 0.75)],
     }
 
 
