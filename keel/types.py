@@ -177,6 +177,7 @@ class Turn:
 
     `reply` is what the policy said (parsed), `malformed` why it could not be parsed (else None), `observation`
     what the environment answered. `segment` and `span` locate the reply's tokens; seconds are wall clock.
+    `dropped` says what of earlier turns the chat format left out of this turn's prompt.
     """
 
     reply: tuple[Message, ...]
@@ -188,6 +189,7 @@ class Turn:
     observation: tuple[Message, ...] = ()
     generate_s: float = 0.0
     env_s: float = 0.0
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ a chat format) is not an outcome of an episode: it is raised and ends the run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import traceback
@@ -82,7 +83,8 @@ async def run_episode(
     except _EndedError as end:
         episode.status, episode.error = end.status, end.error
     finally:
-        await engine.end_session(attempt.name)
+        with contextlib.suppress(EngineError):  # an engine that is gone has no session, and the outcome stands
+            await engine.end_session(attempt.name)
     return episode.trajectory()
 
 
@@ -186,12 +188,12 @@ class _Episode:
             result = await self.engine.generate(request)
         except EngineError as error:
             raise _EndedError("engine_error", f"{error}") from error
-        self._record(result, time.perf_counter() - begin)
+        self._record(result, time.perf_counter() - begin, prompt.dropped)
         if result.finish_reason in ("abort", "error"):
             raise _EndedError("engine_error", result.error or f"the engine ended with {result.finish_reason!r}")
         return result
 
-    def _record(self, result: GenerateResult, generate_s: float) -> None:
+    def _record(self, result: GenerateResult, generate_s: float, dropped: tuple[str, ...]) -> None:
         """Keep what was drawn, and a turn for it (which gets its observation when there is one)."""
         segment, span = self.record.place
         self.record.draw(result)
@@ -205,6 +207,7 @@ class _Episode:
                 span=span,
                 malformed=reply.malformed,
                 generate_s=generate_s,
+                dropped=dropped,
             )
         )
 

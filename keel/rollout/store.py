@@ -146,12 +146,13 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         "span": turn.span,
         "generate_s": turn.generate_s,
         "env_s": turn.env_s,
+        "dropped": list(turn.dropped),
     }
 
 
 def _turn_from_json(value: Mapping[str, Any]) -> Turn:
     messages = {name: tuple(Message(**message) for message in value[name]) for name in ("reply", "observation")}
-    return Turn(**{**value, **messages})
+    return Turn(**{**value, **messages, "dropped": tuple(value.get("dropped", ()))})
 
 
 def _span_to_json(span: TokenSpan) -> dict[str, Any]:

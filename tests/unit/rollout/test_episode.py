@@ -169,6 +169,23 @@ def test_a_prompt_that_does_not_extend_starts_a_new_segment(letter_chat: Any, re
         "ask\x01a!\x01final:yes\x00",
     ]
     assert [(turn.segment, turn.span) for turn in done.turns] == [(0, 1), (1, 1)]
+    assert [turn.dropped for turn in done.turns] == [(), ("all but the first message",)]
+
+
+def test_an_engine_that_cannot_end_a_session_changes_no_outcome(
+    letter_chat: Any, replay_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = replay_engine(replies("final:yes"))
+
+    async def refuse(session_id: str) -> None:
+        raise EngineError("the engine is gone")
+
+    monkeypatch.setattr(engine, "end_session", refuse)
+    done = play(Echo(), engine, letter_chat())
+    assert (done.status, done.reward, done.error) == ("completed", 1.0, None)
+    monkeypatch.setattr(engine, "script", replies(ValueError("a fault of the program")))
+    with pytest.raises(ValueError, match="a fault of the program"):
+        play(Echo(), engine, letter_chat())
 
 
 def test_a_chat_that_lies_about_extending_is_a_fault_not_an_outcome(letter_chat: Any, replay_engine: Any) -> None:

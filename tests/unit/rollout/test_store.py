@@ -81,7 +81,7 @@ def example() -> Trajectory:
         "000137.004",
         2,
         (Message("user", "?"),),
-        (turn, Turn((), "", "length", 1, 1, "cut off")),
+        (turn, Turn((), "", "length", 1, 1, "cut off", dropped=("analysis of turn 1", "two messages"))),
         (Segment(spans), Segment(spans[:1])),
         "env_timeout",
         0.125,
