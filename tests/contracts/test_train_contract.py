@@ -156,9 +156,10 @@ def assert_close(run_dir: Path, expected: Path, tolerance: float = 1e-6) -> None
     for row, wanted in zip(rows_of(run_dir), rows_of(expected), strict=True):
         assert row.keys() == wanted.keys()
         for name, value in wanted.items():
-            assert row[name] == (
-                value if isinstance(value, str) else pytest.approx(value, rel=tolerance, abs=tolerance)
-            ), name
+            # How far engine and learner are apart is itself rounding, and its maximum no smoother than that.
+            allowed = 5 * tolerance if name == "mismatch/abs_max" else tolerance
+            close = value if isinstance(value, str) else pytest.approx(value, rel=tolerance, abs=allowed)
+            assert row[name] == close, f"{row['kind']} {row['step']}: {name}"
     words = [[[turn["reply_text"] for turn in e["turns"]] for e in episodes_of(run)] for run in (run_dir, expected)]
     assert words[0] == words[1]
     found, wanted = weights_of(run_dir), weights_of(expected)
