@@ -51,9 +51,14 @@ class GroupSource(Protocol):
 
     def next_groups(self, step: int) -> list[Group]: ...
 
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +121,14 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
             config.env,
             seed=config.seed,
             num_steps=config.steps,
+            updates_per_batch=config.algo.updates_per_batch,
             reward=make_reward(config.env),
             loop=loop,
         )
         stack.callback(collector.close)
         sources = make_sources(config, factory, chat, collector)
+        for source in sources.values():
+            stack.callback(source.close)
         yield Parts(learner, engine, collector, sources, Monitor(config.monitor.max_skips), loop)
 
 

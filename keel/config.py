@@ -303,6 +303,12 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         'set engine.process = "separate" to give it a copy, or max_staleness = 0',
     )
     refuse(
+        0 < rollout.max_staleness < algo.updates_per_batch,
+        ("rollout.max_staleness", "algo.updates_per_batch"),
+        "one step ahead is updates_per_batch versions behind, which is more than max_staleness allows",
+        "raise max_staleness to updates_per_batch or a multiple of it, or set it to 0",
+    )
+    refuse(
         algo.updates_per_batch > rollout.groups_per_step * rollout.group_size,
         ("algo.updates_per_batch", "rollout.groups_per_step", "rollout.group_size"),
         "more optimizer steps per batch than episodes in it",

@@ -6,6 +6,7 @@ rendered by the chat format over a tokenizer of plain bytes, and cut at the spec
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -47,8 +48,10 @@ def demonstration_texts(config: TrainConfig, factory: EnvFactory, style: Literal
     cut = re.compile("|".join(map(re.escape, special)))
     plain_bytes = build_tiny_tokenizer([], 256 + len(special), style=style)
     chat, own = make_chat(config.chat, plain_bytes), named_demonstrations(config.warm_start)
-    source = DemonstrationSource(factory, chat, per_step=NUM_DEMONSTRATIONS, seed=0, demonstrations=own)
-    for group in source.next_groups(0):
+    made = DemonstrationSource(factory, chat, per_step=NUM_DEMONSTRATIONS, seed=0, demonstrations=own)
+    with contextlib.closing(made) as source:
+        groups = source.next_groups(0)
+    for group in groups:
         for segment in group.trajectories[0].segments:
             text = plain_bytes.decode(list(segment.token_ids), skip_special_tokens=False)
             yield from (part for part in cut.split(text) if part)

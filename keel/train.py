@@ -12,10 +12,10 @@ from keel.batch import PackedBatch, pack
 from keel.build import EnvSource, Parts, build
 from keel.config import AlgoConfig, Stage, TrainConfig
 from keel.evaluate import evaluate
-from keel.learner.base import Update
+from keel.learner.base import LearnerLike, Update
+from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog, RunSummary, completed_run
 from keel.records import write_records
-from keel.rollout.metrics import rollout_metrics
 from keel.types import Verdict
 
 
@@ -65,30 +65,44 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
     """From groups to new weights in the engine: step number `step` of `stage`."""
     learner, clock = parts.learner, Clock()
     learner.enter(stage)
-    groups = parts.sources[stage.name].next_groups(step)
-    clock.lap("rollout")
+    source = parts.sources[stage.name]
+    groups = source.next_groups(step)
+    clock.mark()
 
     batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
     batch = learner.score(batch)
     batch = corrected(batch, stage.algo)
     batch = with_advantages(batch, stage.algo)
 
-    updates, stats, verdict = list[Update](), dict[str, float](), Verdict("go")
-    for index in range(batch.num_updates):
-        update = learner.backward(batch, index)
-        verdict = parts.monitor.judge(update)
-        stats = learner.apply(update, verdict)
-        updates.append(update)
+    updates, stats, verdict = take_updates(learner, parts.monitor, batch)
     clock.lap("learn")
 
     parts.publish()
     clock.lap("publish")
     write_records(run, config, stage, step, groups, batch, updates)
-    rollout = rollout_metrics(groups, clock.seconds["time/rollout_s"])
-    run.log_step(
-        step, {**rollout, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}, stage=stage.name
-    )
+    row = {**source.metrics, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}
+    run.log_step(step, row, stage=stage.name)
     return verdict
+
+
+def take_updates(
+    learner: LearnerLike, monitor: Monitor, batch: PackedBatch
+) -> tuple[list[Update], dict[str, float], Verdict]:
+    """The updates of a batch, each judged and then applied or not; what applying them told, and the worst verdict.
+
+    After a stop the others are skipped unjudged: the monitor, and so the checkpoint, keeps the stop.
+    """
+    updates, verdict, stats = list[Update](), Verdict("go"), list[dict[str, float]]()
+    for index in range(batch.num_updates):
+        update = learner.backward(batch, index)
+        judged = AFTER_STOP if verdict.stops else monitor.judge(update)
+        stats.append(learner.apply(update, judged))
+        updates.append(update)
+        verdict = max(verdict, judged, key=lambda each: SEVERITY.index(each.action))
+    merged = {name: value for each in stats for name, value in each.items()}  # the last update's
+    merged |= {name: sum(each[name] for each in stats) for name in ("policy/skipped",) if stats}
+    merged |= {name: min(each[name] for each in stats) for name in ("policy/clip_factor",) if stats}
+    return updates, merged, verdict
 
 
 def close_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, done: int, verdict: Verdict) -> None:
@@ -127,6 +141,8 @@ def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
+SEVERITY = ("go", "skip", "stop")
+AFTER_STOP = Verdict("skip", "an earlier update of the same batch stopped the run")
 COUNTS = ("policy/loss_tokens", "mismatch/outliers", "mismatch/outliers_routed")
 WORST = ("_max", "_max_dev", "/staleness")
 
@@ -154,6 +170,10 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._began = self._last = time.perf_counter()
+
+    def mark(self) -> None:
+        """The next phase begins now; whoever did what was before has timed it."""
+        self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """End `phase`, which began with the last lap."""

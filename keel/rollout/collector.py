@@ -1,8 +1,9 @@
 """Schedules rollouts: tasks of a step x attempts, as many at once as the engine takes, in an order that never varies.
 
-With `max_staleness` 0 a step's episodes run while the learner waits, on the newest weights. With s > 0 the episodes of
-the next s steps run in the background while the learner learns, so a token is at most s versions old. Either way the
-same code runs on one event loop in its own thread; only how early a step is begun differs.
+With `max_staleness` 0 a step's episodes run while the learner waits, on the newest weights. With s > 0 episodes of
+later steps run in the background while the learner learns, as many steps ahead as leave a token at most s versions old
+when training on it begins (a step of u updates makes u versions). Either way the same code runs on one event loop in
+its own thread; only how early a step is begun differs.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ class Collector:
         *,
         seed: int,
         num_steps: int | None = None,
+        updates_per_batch: int = 1,
         reward: Reward | None = None,
         loop: LoopThread | None = None,
     ) -> None:
-        """`num_steps` is where background rollouts stop looking ahead; `loop` is the engine's, if it has one already.
+        """`num_steps` is where background rollouts stop looking ahead, `updates_per_batch` how many versions a step
+        makes of the policy; `loop` is the engine's, if it has one already.
 
         Raises ValueError if the engine cannot do what `rollout` asks for.
         """
@@ -68,11 +71,13 @@ class Collector:
         self._env_config = env
         self._seed = seed
         self._num_steps = num_steps
+        self._steps_ahead = rollout.max_staleness // updates_per_batch
         self._reward = reward
         self._owns_loop = loop is None
+        self._settings = self._make_settings()
         self._env = env_factory()  # answers questions about tasks; plays no episode
         self._pool = EnvPool(env_factory)
-        self._settings = self._make_settings()
+        self._closed = False
         self._limit = asyncio.Semaphore(rollout.concurrency or engine.capabilities().max_concurrency)
         self._schedule: TaskSchedule | None = None
         self._running: set[asyncio.Task[Trajectory]] = set()
@@ -103,7 +108,7 @@ class Collector:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Metrics of the step that `next_groups` returned last."""
+        """Metrics of the step that `next_groups` returned last: `rollout_metrics`, and the wait for it."""
         return self._metrics
 
     def collect_eval(self, tasks: Sequence[Task], *, temperature: float, seed: int) -> list[Trajectory]:
@@ -128,10 +133,12 @@ class Collector:
 
     def close(self) -> None:
         """Cancel what runs, close all environments, and the event loop if it is the collector's own."""
-        if self.loop.closed:
+        if self._closed or self.loop.closed:
             return
+        self._closed = True
         try:
             self._drop_ahead()
+            self._pool.give_back(self._env)
             self.loop.run(self._pool.close())
         finally:
             if self._owns_loop:
@@ -170,7 +177,7 @@ class Collector:
         return self._schedule
 
     def _look_ahead(self, step: int) -> None:
-        end = step + 1 + self._config.max_staleness
+        end = step + 1 + self._steps_ahead
         if self._num_steps is not None:
             end = min(end, self._num_steps)
         for later in range(step + 1, end):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from keel.chat.base import Chat
 from keel.envs.base import Demonstration, Env, Step
 from keel.envs.load import EnvFactory
+from keel.rollout.metrics import rollout_metrics
 from keel.rollout.tokens import TokenRecord
 from keel.types import Group, Message, Trajectory, Turn
 
@@ -43,15 +45,35 @@ class DemonstrationSource:
         self._seed = seed
         self._demonstrations: Callable[..., Sequence[Demonstration]] = demonstrations or self._env.demonstrations
         self._position = 0
+        self._metrics: dict[str, float] = {}
+        self._closed = False
 
     def next_groups(self, step: int) -> list[Group]:
         """The next `per_step` demonstrations; `step` names their groups. Raises DemonstrationError."""
+        begin = time.perf_counter()
         found = self._demonstrations(self._per_step, seed=self._seed, start=self._position)
         if len(found) != self._per_step:
             raise DemonstrationError(f"asked for {self._per_step} demonstrations, got {len(found)}")
         trajectories = asyncio.run(self._play(found, step))
         self._position += self._per_step
-        return [Group(trajectory.group_id, trajectory.task, (trajectory,)) for trajectory in trajectories]
+        groups = [Group(trajectory.group_id, trajectory.task, (trajectory,)) for trajectory in trajectories]
+        seconds = time.perf_counter() - begin  # nothing is made ahead, so all of them are waited for
+        self._metrics = {**rollout_metrics(groups, seconds), "time/rollout_wait_s": seconds}
+        return groups
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics of the step that `next_groups` returned last, as a `Collector`'s."""
+        return self._metrics
+
+    def close(self) -> None:
+        """Close the environment."""
+        if not self._closed:
+            self._closed = True
+            asyncio.run(self._close())
+
+    async def _close(self) -> None:
+        await _result(self._env.close())
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
@@ -77,7 +99,8 @@ async def play(demonstration: Demonstration, env: Env, chat: Chat, *, group_id: 
     first = tuple(await _result(env.reset(demonstration.task)))
     tools = env.tools()
     record, history, turns = TokenRecord(), list(first), list[Turn]()
-    record.feed(chat.start(first, tools))
+    prompt = chat.start(first, tools)
+    record.feed(prompt)
     reward, success = 0.0, None
     for number, messages in enumerate(demonstration.replies):
         place = record.place
@@ -94,12 +117,14 @@ async def play(demonstration: Demonstration, env: Env, chat: Chat, *, group_id: 
         last = number == len(demonstration.replies) - 1
         if step.done != last:
             raise _broken(demonstration, number, "ends the episode early" if step.done else "does not end the episode")
-        turns.append(Turn(reply.messages, reply.text, "stop", *place, observation=tuple(step.messages)))
+        observation = tuple(step.messages)
+        turns.append(Turn(reply.messages, reply.text, "stop", *place, observation=observation, dropped=prompt.dropped))
         reward += step.reward
         success = success if step.success is None else step.success
         if not last:
             history.extend(reply.messages)
-            record.feed(chat.extend(record.token_ids, history, step.messages, tools))
+            prompt = chat.extend(record.token_ids, history, step.messages, tools)
+            record.feed(prompt)
             history.extend(step.messages)
     return Trajectory(
         demonstration.task, group_id, 0, first, tuple(turns), record.segments(), "completed", reward, success=success

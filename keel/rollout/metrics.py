@@ -8,7 +8,7 @@ from keel.types import Group, Trajectory
 
 
 def rollout_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
-    """Metrics of one step that took `seconds` to roll out.
+    """Metrics of one step whose episodes took `seconds`, first to last, whether or not anybody waited for them.
 
     `rollout/failed`, `rollout/malformed` (replies) and `rollout/truncated` are counts; `rollout/tokens` are those
     drawn; `rollout/signal_share` is the share of groups in which rewards differ (the others teach nothing). Means are

@@ -54,6 +54,10 @@ IMPOSSIBLE = [
     ({"rollout": {"group_size": 1}}, "single attempt"),
     ({"rollout": {"max_staleness": 1}}, "never behind"),
     ({"algo": {"updates_per_batch": 300}}, "more optimizer steps"),
+    (
+        {"algo": {"updates_per_batch": 2}, "rollout": {"max_staleness": 1}, "engine": {"process": "separate"}},
+        "more than max_staleness allows",
+    ),
     ({"algo": {"loss": {"id": "cross_entropy"}}}, "ignores rewards"),
     ({"eval": {"every": 5}}, "on no tasks"),
     ({"model": {"path": "somewhere", "tiny": {"preset": "qwen3"}}}, "two models to start from"),
@@ -74,6 +78,7 @@ def test_impossible_combinations_cannot_be_constructed(values, message):
         {"rollout": {"max_new_tokens": 63, "max_sequence_tokens": 64}},
         {"steps": 0, "rollout": {"top_p": 0.9, "top_k": 20, "temperature": 0.0, "group_size": 1}},
         {"rollout": {"max_staleness": 1}, "engine": {"process": "separate"}},
+        {"algo": {"updates_per_batch": 2}, "rollout": {"max_staleness": 2}, "engine": {"process": "separate"}},
         {"rollout": {"group_size": 1}, "algo": {"advantage": {"id": "mine:advantage"}}},
         {"algo": {"updates_per_batch": 256}},
         {"eval": {"every": 5, "num_tasks": 1}},

@@ -16,6 +16,7 @@ from keel.engines.base import EngineError, GenerateRequest
 from keel.envs.base import Env, Step
 from keel.rollout.collector import Collector, RolloutError
 from keel.rollout.loop_thread import LoopThread
+from keel.rollout.metrics import max_staleness
 from keel.rollout.schedule import ScheduleError
 from keel.types import Group, Message, Task
 
@@ -51,7 +52,7 @@ def digit(request: GenerateRequest) -> str:
 
 
 def make(engine: Any, chat: Any, env: Any = Digits, **options: Any) -> Collector:
-    names = ("seed", "num_steps", "reward", "loop", "step_timeout_s")
+    names = ("seed", "num_steps", "updates_per_batch", "reward", "loop", "step_timeout_s")
     rest = {name: options.pop(name) for name in names if name in options}
     config = RolloutConfig(
         **{"groups_per_step": 3, "group_size": 4, "max_new_tokens": 20, "max_sequence_tokens": 100, **options}
@@ -156,6 +157,21 @@ def test_background_rollouts_are_at_most_max_staleness_ahead(letter_chat: Any, r
     assert versions == [{7}, {7}, {7}, {8}]
 
 
+@pytest.mark.parametrize(("updates", "oldest"), [(1, 3), (2, 2), (3, 3), (4, 0)])
+def test_staleness_counts_versions_not_steps(letter_chat: Any, replay_engine: Any, updates: int, oldest: int) -> None:
+    """With `updates` versions a step, no token is more than 3 behind when training on its step begins."""
+    engine = replay_engine(digit)
+    behind = []
+    with make(engine, letter_chat(), max_staleness=3, updates_per_batch=updates, num_steps=8) as collector:
+        for step in range(8):
+            version = 7 + step * updates
+            groups = collector.next_groups(step)
+            collector.loop.run(settle(collector))  # what was begun ahead is drawn with these weights
+            behind.append(max_staleness(groups, version))
+            collector.loop.run(engine.load_weights(None, version + updates))
+    assert max(behind) == oldest
+
+
 async def settle(collector: Collector) -> None:
     while collector._running:
         await asyncio.wait(collector._running)
@@ -186,7 +202,9 @@ def test_environments_are_used_again_and_closed(letter_chat: Any, replay_engine:
         for step in range(3):
             collector.next_groups(step)
         assert Counted.made == 3  # one answers for tasks, two play
-    assert Counted.closed == 2
+    assert Counted.closed == 3
+    collector.close()
+    assert Counted.closed == 3
 
 
 def test_an_environment_that_failed_is_not_used_again(letter_chat: Any, replay_engine: Any) -> None:
@@ -250,6 +268,24 @@ def test_the_metrics_count_what_happened(letter_chat: Any, replay_engine: Any) -
     assert metrics["rollout/signal_share"] == pytest.approx(sum(signal) / 6)
     for name in ("rollout/tokens_per_s", "time/rollout_s", "time/rollout_wait_s"):
         assert metrics[name] > 0.0
+    assert metrics["rollout/tokens_per_s"] == pytest.approx(metrics["rollout/tokens"] / metrics["time/rollout_s"])
+
+
+def test_episodes_that_were_ready_took_their_time_all_the_same(letter_chat: Any, replay_engine: Any) -> None:
+    """Tokens per second are of the time in which they were drawn, not of the learner's wait for them."""
+
+    class Slow(Digits):
+        async def reset(self, task: Task) -> Any:  # type: ignore[override]
+            await asyncio.sleep(0.2)
+            return super().reset(task)
+
+    with make(replay_engine(digit), letter_chat(), Slow, max_staleness=1) as collector:
+        collector.next_groups(0)
+        collector.loop.run(settle(collector))
+        collector.next_groups(1)
+        metrics = collector.metrics
+    assert metrics["time/rollout_s"] >= 0.2
+    assert metrics["rollout/tokens_per_s"] <= metrics["rollout/tokens"] / 0.2
 
 
 def test_a_group_with_one_attempt_left_has_no_signal_and_breaks_nothing(letter_chat: Any, replay_engine: Any) -> None:

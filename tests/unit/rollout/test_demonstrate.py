@@ -111,3 +111,19 @@ def test_too_few_demonstrations_are_refused(letter_chat: Any) -> None:
     )
     with pytest.raises(DemonstrationError, match="asked for 3 demonstrations, got 0"):
         demonstrations.next_groups(0)
+
+
+def test_its_metrics_are_of_its_last_step_and_its_environment_is_closed_once(chat: Any) -> None:
+    closed = []
+
+    class Closing(CalculatorEnv):
+        def close(self) -> None:
+            closed.append(self)
+
+    made = DemonstrationSource(lambda: Closing(num_tasks=300), chat, per_step=3, seed=1)
+    groups = made.next_groups(0)
+    assert made.metrics["rollout/episodes"] == len(groups) == 3
+    assert made.metrics["time/rollout_s"] == made.metrics["time/rollout_wait_s"] > 0
+    made.close()
+    made.close()
+    assert len(closed) == 1
