@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from keel.monitor.wilson import success_metrics
+from keel.rollout.metrics import outcome_metrics
 
 if TYPE_CHECKING:
     from keel.build import EnvSource
@@ -34,18 +35,17 @@ def evaluate(collector: Collector, config: EvalConfig) -> dict[str, float]:
     tasks = [held_out[index] for index in range(config.num_tasks)]
     trajectories = collector.collect_eval(tasks, temperature=config.temperature, seed=config.seed)
     kept = [trajectory for trajectory in trajectories if not trajectory.failed]
-    # Where successes are told at all, an episode that ran out of turns or tokens before one was none.
-    told = any(trajectory.success is not None for trajectory in kept)
+    outcome = outcome_metrics(trajectories)
     metrics = {
         "num_tasks": float(len(kept)),
-        "failed": float(len(trajectories) - len(kept)),
-        "reward": sum(trajectory.reward for trajectory in kept) / len(kept),
+        "failed": outcome["rollout/failed"],
+        "reward": outcome["reward/mean"],
         "tokens": sum(trajectory.num_policy_tokens for trajectory in kept) / len(kept),
-        "turns": sum(len(trajectory.turns) for trajectory in kept) / len(kept),
-        "malformed": float(sum(turn.malformed is not None for trajectory in kept for turn in trajectory.turns)),
+        "turns": outcome["rollout/turns"],
+        "malformed": outcome["rollout/malformed"],
     }
-    if told:
-        metrics |= success_metrics(sum(trajectory.success is True for trajectory in kept), len(kept))
+    if "success" in outcome:
+        metrics |= success_metrics(round(outcome["success"] * len(kept)), len(kept))
     return metrics
 
 
