@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,6 +21,8 @@ from keel.envs.base import Env, Step
 from keel.models.policy import PolicyModel
 from keel.models.tiny import build_tiny_model, build_tiny_tokenizer
 from keel.rollout.collector import Collector
+from keel.rollout.store import read_step_record, read_trajectories
+from keel.train import train
 from keel.types import Group, Message, Routes, Task, Trajectory
 
 RAISES, HANGS = 0.20, 0.05
@@ -73,13 +78,20 @@ class HastyChat(HarmonyChat):
         return tuple(range(0, 270, 3))
 
 
+TOKENIZER = build_tiny_tokenizer(["Say something about 1. Go on."], style="harmony")
+
+
 @pytest.fixture(scope="module")
-def collect(tmp_path_factory: pytest.TempPathFactory) -> Collect:
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tokenizer = build_tiny_tokenizer(["Say something about 1. Go on."], style="harmony")
-    build_tiny_model("gpt_oss", path, tokenizer=tokenizer, seed=0)
-    policy = PolicyModel.load(path)
-    chat = HastyChat(tokenizer, system_message="none")
+    build_tiny_model("gpt_oss", path, tokenizer=TOKENIZER, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def collect(model_path: Path) -> Collect:
+    policy = PolicyModel.load(model_path)
+    chat = HastyChat(TOKENIZER, system_message="none")
 
     def run(max_staleness: int) -> tuple[list[list[Group]], list[dict[str, float]]]:
         config = RolloutConfig(
@@ -154,3 +166,54 @@ def test_what_fails_does_not_depend_on_timing(collect: Collect, world: type[Unre
         for max_staleness in (0, 1)
     )
     assert synchronous == ahead
+
+
+class Paying(Unreliable):
+    """Pays 1 to 2 for every step, by the reply's text: who earns nothing has failed, and attempts differ."""
+
+    def step(self, reply: Reply) -> Step:
+        step = super().step(reply)
+        digest = blake2b(f"{self.task.id}/{reply.text}".encode(), digest_size=1).digest()
+        return replace(step, reward=1.0 + digest[0] / 256)
+
+
+def test_a_run_goes_on_and_learns_from_what_was_kept(
+    tmp_path: Path, model_path: Path, make_config: Callable[..., Any], world: type[Unreliable]
+) -> None:
+    """Two training steps: failures are counted in the rows, told in the trajectories, absent from the records."""
+    config = make_config(
+        tmp_path / "run",
+        steps=STEPS,
+        model={"path": str(model_path)},
+        chat={"system_message": "none"},
+        env={"step_timeout_s": 0.5},
+        rollout={"groups_per_step": GROUPS, "group_size": SIZE, "max_new_tokens": 12},
+        eval={"num_tasks": 0},
+    )
+    assert train(config, Paying).state == "completed"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert sum(row["rollout/env_error"] for row in rows) == len(world.raised) > 5
+    assert sum(row["rollout/env_timeout"] for row in rows) == len(world.hung) > 0
+
+    for step, row in enumerate(rows):
+        path = tmp_path / "run" / "trajectories" / f"{step:06d}.jsonl"
+        trajectories = read_trajectories(path)
+        kept = [t for t in trajectories if not t.failed]
+        assert len(trajectories) == GROUPS * SIZE == row["rollout/episodes"]
+        assert {t.status for t in trajectories} <= {"env_error", "env_timeout", "completed", "truncated"}
+        for status in ("env_error", "env_timeout"):
+            assert sum(t.status == status for t in trajectories) == row[f"rollout/{status}"]
+        assert len(trajectories) - len(kept) == row["rollout/failed"]
+        assert all(t.reward >= 1.0 for t in kept)
+
+        streams, _ = read_step_record(tmp_path / "run" / "steps" / f"{step:06d}.safetensors")
+        assert streams["rewards"].tolist() == pytest.approx([t.reward for t in kept])
+        groups = sorted({t.group_id for t in trajectories})
+        assert streams["trajectory_to_group"].tolist() == [groups.index(t.group_id) for t in kept]
+        assert sorted(set(streams["sequence_to_trajectory"].tolist())) == list(range(len(kept)))
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        drawn = [line["num_policy_tokens"] for line in lines if not line["status"].startswith("env_")]
+        assert int(streams["loss_mask"].sum()) == sum(drawn) == row["policy/loss_tokens"]
+        assert row["reward/mean"] == pytest.approx(sum(t.reward for t in kept) / len(kept))
+        assert row["policy/grad_norm"] > 0
