@@ -1,0 +1,37 @@
+"""The page about the loop names every column of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from keel.train import train
+
+PAGE = Path(__file__).parents[2] / "docs" / "loop.md"
+ENVIRONMENTS_OWN = ("env/", "reward/")  # `env/<metric>`, `reward/<part>`
+
+
+@pytest.mark.parametrize(("preset", "updates"), [("gpt_oss", 2), ("qwen3", 1)])
+def test_every_column_is_named(tmp_path, make_config, preset, updates):
+    algo = {"kl": {"coefficient": 0.1}, "correction": {"id": "token_truncated"}, "updates_per_batch": updates}
+    config = make_config(
+        tmp_path / "run",
+        preset,
+        algo=algo,
+        steps=2,
+        warm_start={"steps": 2, "demonstrations_per_step": 4},
+        rollout={"group_size": 4},
+        eval={"num_tasks": 2},
+    )
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {row.get("stage", row["kind"]) for row in rows} == {"warm_start", "reinforcement", "eval"}
+    columns = {name for row in rows for name in row}
+    named = set(re.findall(r"`([\w/]+)`", PAGE.read_text(encoding="utf-8")))
+    missing = {name for name in columns - named if not name.startswith(ENVIRONMENTS_OWN)}
+    assert not missing
+    # Without what tells of a stage, there is nothing: a demonstration was drawn by nobody.
+    assert not [name for row in rows if row.get("stage") == "warm_start" for name in row if "mismatch" in name]
