@@ -35,7 +35,7 @@ def test_an_answer_that_cannot_be_read_fails_all_who_wait(monkeypatch: pytest.Mo
 
     async def wait() -> list[Any]:
         calls = (engine.score((1, 2)), engine.end_session("a"))
-        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), timeout=60)
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), timeout=30)
 
     try:
         found = asyncio.run(wait())
