@@ -190,7 +190,7 @@ def test_no_more_episodes_run_at_once_than_allowed(letter_chat: Any, replay_engi
     engine = replay_engine(digit, max_concurrency=5)
     with make(engine, letter_chat()) as collector:
         collector.next_groups(0)
-    assert engine.most_running == 5
+    assert 1 < engine.most_running <= 5  # how many of the five meet in the engine is the threads' affair
 
 
 def test_environments_are_used_again_and_closed(letter_chat: Any, replay_engine: Any) -> None:
