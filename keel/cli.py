@@ -17,6 +17,7 @@ from keel import config_load
 from keel.config_docs import as_markdown
 from keel.config_problems import ConfigError
 from keel.config_schema import toml_value
+from keel.evaluate import EvaluationError
 from keel.monitor.live import describe, duration
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.trackers import TrackerError
@@ -52,7 +53,7 @@ def main() -> None:
         sys.path.insert(0, here)
     try:
         app(standalone_mode=True)
-    except (ConfigError, PluginError, RunDirectoryError, TrackerError) as error:
+    except (ConfigError, EvaluationError, PluginError, RunDirectoryError, TrackerError) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(EXIT_CONFIG)
     except KeyboardInterrupt:
