@@ -175,6 +175,14 @@ def starting_model(config: TrainConfig, factory: EnvFactory, root: Path) -> Mode
     return config.model.model_copy(update={"path": str(path)})
 
 
+def with_absolute_model(config: TrainConfig) -> TrainConfig:
+    """The config with a `model.path` that is a directory made absolute, so that a run resumes from anywhere."""
+    path = Path(config.model.path)
+    if not config.model.path or not path.is_dir():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path.resolve())})})
+
+
 def make_learner(config: TrainConfig, model: ModelConfig) -> LearnerLike:
     """One process, or a group of ranks behind the same methods."""
     if config.learner.ranks == 1:

@@ -209,8 +209,24 @@ class TrainConfig(Section):
         """What the learner does from the first step to the last, in order; a stage of no steps is left out."""
         supervised = AlgoConfig(loss=Plugin(id="cross_entropy"))
         planned = (
-            Stage("warm_start", 0, self.warm_start.steps, supervised, self.warm_start.optim),
-            Stage("reinforcement", self.warm_start.steps, self.steps, self.algo, self.optim),
+            Stage(
+                "warm_start",
+                0,
+                self.warm_start.steps,
+                supervised,
+                self.warm_start.optim,
+                closing_evaluation="after_warm_start",
+            ),
+            Stage(
+                "reinforcement",
+                self.warm_start.steps,
+                self.steps,
+                self.algo,
+                self.optim,
+                closing_evaluation="final",
+                eval_every=self.eval.every,
+                record_every=self.record.every,
+            ),
         )
         return tuple(stage for stage in planned if stage.num_steps > 0)
 
@@ -227,6 +243,9 @@ class Stage:
     num_steps: int
     algo: AlgoConfig
     optim: OptimConfig
+    closing_evaluation: str = "final"  # name of the evaluation after its last step
+    eval_every: int = 0  # steps between evaluations on the way; 0: none
+    record_every: int = 0  # steps between step records; 0: none
 
 
 @dataclass(frozen=True, slots=True)

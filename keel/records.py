@@ -29,9 +29,8 @@ def write_records(
     batch: PackedBatch,
     updates: Sequence[Update],
 ) -> None:
-    """Write `steps/<step>.safetensors` and `trajectories/<step>.jsonl` of a reinforcement step, if one is due."""
-    every = config.record.every
-    if stage.name != "reinforcement" or every == 0 or step % every:
+    """Write `steps/<step>.safetensors` and `trajectories/<step>.jsonl`, if the stage records and one is due."""
+    if stage.record_every == 0 or step % stage.record_every:
         return
     name = f"{step:06d}"
     write_step_record(

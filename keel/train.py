@@ -9,7 +9,7 @@ from pathlib import Path
 from keel import plugins
 from keel.algo.apply import add_advantages, correct
 from keel.batch import PackedBatch, pack
-from keel.build import EnvSource, Parts, build
+from keel.build import EnvSource, Parts, build, with_absolute_model
 from keel.config import AlgoConfig, Stage, TrainConfig
 from keel.evaluate import evaluate
 from keel.learner.base import LearnerLike, Update
@@ -22,9 +22,10 @@ from keel.types import Verdict
 def train(config: TrainConfig, env: EnvSource | None = None) -> RunSummary:
     """Train as `config` says, in a new run directory; `env` stands in for the config's environment.
 
-    Raises ConfigError, PluginError or RunDirectoryError before anything is written, and what stops a run: RolloutError
-    if every episode of a step failed, LearnerError if a learner's process is gone.
+    Raises RunDirectoryError before anything is written, PluginError for a plug-in that does not exist, and what stops a
+    run: RolloutError if every episode of a step failed, LearnerError if a learner's process is gone.
     """
+    config = with_absolute_model(config)
     with RunLog.open(config) as run, build(config, env, run) as parts:
         return run_stages(config, run, parts)
 
@@ -108,10 +109,8 @@ def take_updates(
 def close_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, done: int, verdict: Verdict) -> None:
     """What follows `done` steps of `stage`: an evaluation, then a checkpoint that knows of it, each if it is due."""
     ends = done == stage.num_steps or verdict.stops
-    if stage.name == "reinforcement" and (ends or due(done, config.eval.every)):
-        measure(config, run, parts, "final" if ends else f"step_{done}")
-    elif ends:
-        measure(config, run, parts, f"after_{stage.name}")
+    if ends or due(done, stage.eval_every):
+        measure(config, run, parts, stage.closing_evaluation if ends else f"step_{done}")
     if ends or due(done, config.checkpoint.every):
         parts.save(run, config.checkpoint.keep)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from keel.batch import PackedBatch
+from keel.build import with_absolute_model
+from keel.config import TrainConfig
 from keel.learner.base import Update
 from keel.monitor.rules import Monitor
 from keel.train import due, mean_metrics, take_updates
@@ -91,3 +93,12 @@ def test_the_worst_verdict_of_a_batch_stands(losses, given, worst):
     resumed = Monitor(max_skips=2)
     resumed.restore(monitor.state())
     assert resumed.standing().stops == (worst == "stop")
+
+
+def test_a_models_directory_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    near = with_absolute_model(TrainConfig.model_validate({"model": {"path": "weights"}}))
+    assert near.model.path == str(tmp_path / "weights")
+    hub = TrainConfig.model_validate({"model": {"path": "openai/gpt-oss-20b"}})
+    assert with_absolute_model(hub) is hub
