@@ -250,3 +250,12 @@ def test_a_changed_mask_changes_the_denominator(make_groups):
     assert changed.denominators[0] == batch.denominators[0] - int(first.loss_mask.sum())
     assert changed.denominators[1] == batch.denominators[1]
     assert changed.metrics == {"x": 1.0}
+
+
+def test_updates_take_groups_in_their_order(make_groups):
+    batch = pack(make_groups(5, 2), max_tokens=64, num_updates=2)
+    trained = [
+        {int(batch.trajectory_to_group[i]) for part in batch.update(index) for i in part.sequence_to_trajectory}
+        for index in range(batch.num_updates)
+    ]
+    assert trained == [{0, 1, 2}, {3, 4}]
