@@ -32,9 +32,9 @@ from keel.learner.learner import Learner
 from keel.models.policy import PolicyModel
 from keel.monitor.rules import Monitor
 from keel.rewards.base import Reward
-from keel.rollout.collector import Collector
-from keel.rollout.demonstrate import DemonstrationSource
-from keel.rollout.loop_thread import LoopThread
+from keel.rollouts.collector import Collector
+from keel.rollouts.demonstrate import DemonstrationSource
+from keel.rollouts.loop_thread import LoopThread
 from keel.sync.publish import publish
 from keel.tiny_start import build_tiny_start, named_demonstrations
 from keel.types import Group

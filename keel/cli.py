@@ -17,7 +17,7 @@ from keel import config_load
 from keel.config_docs import as_markdown
 from keel.config_problems import ConfigError
 from keel.config_schema import toml_value
-from keel.evaluate import EvaluationError
+from keel.evaluation import EvaluationError
 from keel.monitor.live import describe, duration
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.trackers import TrackerError
@@ -90,7 +90,7 @@ def train(
 
         print(describe_plan(make_plan(config)))
         return
-    from keel.train import train as run
+    from keel.loop import train as run
 
     _finish(run(config))
 
@@ -98,7 +98,7 @@ def train(
 @app.command()
 def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]) -> None:
     """Continue a run from its newest checkpoint."""
-    from keel.train import resume as run
+    from keel.loop import resume as run
 
     _finish(run(run_dir))
 
@@ -125,7 +125,7 @@ def evaluate(
     instead = [f"model.path={toml_value(model)}", 'model.tiny.preset=""'] if model else []
     config = config_load.load(config_file, [*(sets or ()), *instead])
     config_load.require(config, ("model.path|model.tiny.preset", "env.id", "eval.num_tasks"), str(config_file))
-    from keel.evaluate import evaluate_checkpoint
+    from keel.evaluation import evaluate_checkpoint
 
     print(describe(evaluate_checkpoint(config)))
 

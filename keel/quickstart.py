@@ -22,6 +22,6 @@ def quickstart_config(seed: int, run_dir: Path | None, sets: Sequence[str] = ())
 
 def run(seed: int, run_dir: Path | None, sets: Sequence[str] = ()) -> RunSummary:
     """Build the model, warm it up, train it by reinforcement, and evaluate before, between and after."""
-    from keel.train import train
+    from keel.loop import train
 
     return train(quickstart_config(seed, run_dir, sets))

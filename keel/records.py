@@ -13,7 +13,7 @@ import torch
 from keel.batch import MicroBatch, PackedBatch
 from keel.config import Stage, TrainConfig
 from keel.learner.base import Update
-from keel.rollout.store import write_step_record, write_trajectories
+from keel.rollouts.store import write_step_record, write_trajectories
 from keel.types import Group
 
 if TYPE_CHECKING:

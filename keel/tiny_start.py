@@ -18,7 +18,7 @@ from keel.chat.factory import make_chat
 from keel.config import TrainConfig, WarmStartConfig
 from keel.envs.load import EnvFactory
 from keel.models.tiny import CHATML_SPECIAL_TOKENS, HARMONY_SPECIAL_TOKENS, build_tiny_model, build_tiny_tokenizer
-from keel.rollout.demonstrate import Demonstrations, DemonstrationSource
+from keel.rollouts.demonstrate import Demonstrations, DemonstrationSource
 
 NUM_DEMONSTRATIONS = 1000
 

@@ -141,7 +141,7 @@ def warm_run(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[...
         with (root / f"warm-{preset}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (run_dir / "summary.json").exists():
-                from keel.train import train
+                from keel.loop import train
 
                 train(make_config(run_dir, preset, steps=2, warm_start={"steps": 40}, eval={"num_tasks": 24}))
         return run_dir

@@ -17,7 +17,7 @@ from keel.build import build
 from keel.config import TrainConfig
 from keel.envs.arithmetic import CalculatorEnv
 from keel.monitor.runlog import RunLog
-from keel.train import run_stages, train
+from keel.loop import run_stages, train
 
 STEPS = 3
 SECONDS = ("_s",)  # what tells the time differs from run to run

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from benchmarks.control import shuffled_group_mean
 from keel.algo.advantage import group_mean
 from keel.quickstart import quickstart_config
-from keel.train import train
+from keel.loop import train
 
 PLUGIN = "benchmarks.control:shuffled_group_mean"
 

@@ -19,7 +19,7 @@ from keel.cli import app
 from keel.config import ChatConfig, RolloutConfig, TrainConfig
 from keel.envs.base import Env
 from keel.envs.load import env_factory
-from keel.evaluate import EvaluationError, evaluate, evaluate_checkpoint
+from keel.evaluation import EvaluationError, evaluate, evaluate_checkpoint
 from keel.monitor.live import describe
 from keel.types import Task, Trajectory
 

@@ -20,9 +20,9 @@ from keel.engines.embedded.engine import EmbeddedEngine
 from keel.envs.base import Env, Step
 from keel.models.policy import PolicyModel
 from keel.models.tiny import build_tiny_model, build_tiny_tokenizer
-from keel.rollout.collector import Collector
-from keel.rollout.store import read_step_record, read_trajectories
-from keel.train import train
+from keel.rollouts.collector import Collector
+from keel.rollouts.store import read_step_record, read_trajectories
+from keel.loop import train
 from keel.types import Group, Message, Routes, Task, Trajectory
 
 RAISES, HANGS = 0.20, 0.05

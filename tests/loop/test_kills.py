@@ -32,10 +32,10 @@ AT_SAVE = {
     },
 }
 AT_STEP = {
-    "in_a_tool_call": {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.train:train_step", 19]},
+    "in_a_tool_call": {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.loop:train_step", 19]},
     "between_backward_and_optimizer": {"at": "keel.learner.learner:Learner.apply", "call": THIRD_STEP["train_step"]},
     "between_optimizer_and_publish": {"at": "keel.build:Parts.publish", "call": THIRD_STEP["publish"]},
-    "between_publish_and_records": {"at": "keel.train:write_records", "call": THIRD_STEP["train_step"]},
+    "between_publish_and_records": {"at": "keel.loop:write_records", "call": THIRD_STEP["train_step"]},
     "between_the_two_records": {"at": "keel.records:write_trajectories", "call": 3},
     "between_records_and_row": {"at": "keel.monitor.runlog:RunLog.log_step", "call": THIRD_STEP["train_step"]},
     "in_a_row": {"at": "keel.monitor.runlog:append_row", "call": THIRD_STEP["append_row"], "how": "torn"},
@@ -52,7 +52,7 @@ AT_BORDERS = {
     "in_the_start_model": {"at": "transformers:PreTrainedTokenizerFast.save_pretrained"},
     "before_the_start_model_has_its_name": {"at": "keel.tiny_start:build_tiny_model", "how": "after"},
     "before_the_first_checkpoint": {"at": "keel.monitor.runlog:RunLog.log_step", "how": "after"},
-    "in_an_evaluation": {"at": "keel.envs.tools:Tool.call", "call": 3, "armed_by": ["keel.train:evaluate", 3]},
+    "in_an_evaluation": {"at": "keel.envs.tools:Tool.call", "call": 3, "armed_by": ["keel.loop:evaluate", 3]},
     "between_evaluation_and_checkpoint": {"at": "keel.build:Parts.save", "call": SAVES_IN_WARM_START},
     "between_the_stages": {"at": "keel.learner.learner:Learner.enter", "call": 17},
     "before_the_summary": {"at": "keel.monitor.runlog:RunLog.close"},
@@ -69,7 +69,7 @@ AT_RESUME = {
     "before_later_rows_are_cut": {"at": "keel.monitor.runlog:truncate_rows"},
     "after_later_rows_are_cut": {"at": "keel.monitor.runlog:truncate_rows", "how": "after"},
     "in_the_removal_of_later_records": {"at": "pathlib:Path.unlink", "match": "000002.jsonl"},
-    "before_the_first_step": {"at": "keel.train:run_stages"},
+    "before_the_first_step": {"at": "keel.loop:run_stages"},
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keel.train import train
+from keel.loop import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "loop.md"
 ENVIRONMENTS_OWN = ("env/", "reward/")  # `env/<metric>`, `reward/<part>`

@@ -18,7 +18,7 @@ from keel.config import EngineConfig, ModelConfig
 from keel.engines.base import WeightSource
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.models.policy import PolicyModel
-from keel.train import train
+from keel.loop import train
 
 ROUTERS = {"gpt_oss": "model.layers.1.mlp.router", "qwen3_moe": "model.layers.1.mlp.gate"}
 

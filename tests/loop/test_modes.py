@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from keel.train import train
+from keel.loop import train
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from keel.train import train
+from keel.loop import train
 
 WHOLE, SINGLE = 100_000, 16
 

@@ -13,7 +13,7 @@ from keel.monitor import directory
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog
-from keel.train import resume
+from keel.loop import resume
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -36,7 +36,7 @@ def write_checkpoints(path: Path, *steps: int) -> None:
 def test_interrupted_damaged_and_resumed(run, same_as_undisturbed):
     """Ctrl-C in the midst of a rollout is recorded; the newest checkpoint is found damaged; the run still ends as the
     undisturbed one, and once it has, resuming it changes nothing."""
-    aim = {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.train:train_step", 20]}
+    aim = {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.loop:train_step", 20]}
     assert run.go({**aim, "how": "interrupt"}) == 130
     assert "Traceback" not in run.output
     status, summary = run.json("status.json"), run.json("summary.json")
@@ -128,7 +128,7 @@ def test_killed_between_its_stop_and_its_summary(run):
 
 @pytest.mark.soak
 def test_another_number_of_threads_is_warned_about(run):
-    run.die({"at": "keel.train:write_records", "call": 19})
+    run.die({"at": "keel.loop:write_records", "call": 19})
     run.set("num_threads = 1", "num_threads = 2")
     run.finish()
     assert "threads was 1, is 2" in run.output
@@ -145,7 +145,7 @@ def test_a_completed_run_can_be_given_more_steps(run):
     assert run.json("summary.json")["eval"]["final"]["step"] == 16 + 8
 
 
-IN_A_TOOL_CALL = {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.train:train_step", 19]}
+IN_A_TOOL_CALL = {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.loop:train_step", 19]}
 BEFORE_PUBLISH = {"at": "keel.build:Parts.publish", "call": 20}
 IN_THE_RENAME = {"at": "pathlib:Path.rename", "match": "000018.unfinished'), PosixPath"}
 WHILE_RANKS_SAVE = {"at": "keel.learner.group:LearnerGroup._answers", "armed_by": ["keel.build:Parts.save", 9]}

@@ -90,7 +90,7 @@ def test_a_stopped_run_does_not_exit_as_done(monkeypatch, tmp_path, state, code)
     final = {"step": 6, "success": 0.75, "success_low": 0.5, "success_high": 0.875, "num_tasks": 512.0}
     seconds = {"eval": 65.0}
     summary = RunSummary(run_dir="runs/x", state=state, reason="loss is nan", eval={"final": final}, seconds=seconds)
-    monkeypatch.setattr("keel.train.resume", lambda _: summary)
+    monkeypatch.setattr("keel.loop.resume", lambda _: summary)
     result = CliRunner().invoke(cli.app, ["resume", str(tmp_path)])
     assert result.exit_code == code
     assert result.output == (

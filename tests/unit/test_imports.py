@@ -15,7 +15,7 @@ STANDARD = set(sys.stdlib_module_names)
 ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins"}
 """Floor 0 of the plan (and the bare package, for its version)."""
 CONFIG_FILES = {f"keel.{path.stem}" for path in ROOT.glob("config*.py")} | {"keel.types", "keel.plugins"}
-FLOOR_FOUR = {"keel.train", "keel.build", "keel.records", "keel.recipes", "keel.evaluate", "keel.quickstart"}
+FLOOR_FOUR = {"keel.loop", "keel.build", "keel.records", "keel.recipes", "keel.evaluation", "keel.quickstart"}
 FLOOR_FOUR |= {"keel.tiny_start", "keel.plan", "keel.preflight", "keel.replay", "keel.bench"}
 LIGHT = {"pydantic", "rich", "tomlkit", "psutil"}
 
@@ -46,7 +46,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
         ANYWHERE | {"keel.models", "keel.ops", "keel.dist", "keel.sync"},
         {"torch", "transformers", "safetensors", "numpy"},
     ),
-    "keel.rollout": (
+    "keel.rollouts": (
         ANYWHERE | {"keel.chat", "keel.envs", "keel.rewards", "keel.engines.base"},
         {"numpy", "safetensors"},
     ),
@@ -61,7 +61,7 @@ for _name in FLOOR_FOUR:
     MAY_ENTER[_name] = (set(MAY_ENTER) - {"keel"} | FLOOR_FOUR, {"torch", "transformers", "numpy"})
 for _name in ("keel.cli", "keel.cli_tiny", "keel.__main__"):
     MAY_ENTER[_name] = ({"*"}, {"typer"})
-DEEPEST = ("keel.cli", "keel.train")
+DEEPEST = ("keel.cli", "keel.loop")
 
 
 def module_name(path: Path) -> str:
@@ -123,9 +123,9 @@ def test_a_module_enters_only_the_rooms_it_may(path):
 def test_nothing_below_the_command_line_enters_the_loop():
     for path in FILES:
         module = module_name(path)
-        if is_within(module, {"keel.cli", "keel.cli_tiny", "keel.quickstart", "keel.train"}):
+        if is_within(module, {"keel.cli", "keel.cli_tiny", "keel.quickstart", "keel.loop"}):
             continue
-        assert not {name for name in imports_of(path) if is_within(name, {"keel.train", "keel.cli"})} or (
+        assert not {name for name in imports_of(path) if is_within(name, {"keel.loop", "keel.cli"})} or (
             module == "keel.__main__"
         ), module
 

@@ -13,7 +13,7 @@ from keel.config import ChatConfig
 from keel.envs import CalculatorEnv
 from keel.envs.base import Demonstration, Env, Step
 from keel.models.tiny import build_tiny_tokenizer
-from keel.rollout.demonstrate import DemonstrationError, DemonstrationSource
+from keel.rollouts.demonstrate import DemonstrationError, DemonstrationSource
 from keel.types import Group, Message, Task, Trajectory
 
 make_env = functools.partial(CalculatorEnv, num_tasks=200, guess_share=0.5)

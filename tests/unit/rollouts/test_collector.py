@@ -14,10 +14,10 @@ import pytest
 from keel.config import EnvConfig, RolloutConfig
 from keel.engines.base import EngineError, GenerateRequest
 from keel.envs.base import Env, Step
-from keel.rollout.collector import Collector, RolloutError
-from keel.rollout.loop_thread import LoopThread
-from keel.rollout.metrics import max_staleness
-from keel.rollout.schedule import ScheduleError
+from keel.rollouts.collector import Collector, RolloutError
+from keel.rollouts.loop_thread import LoopThread
+from keel.rollouts.metrics import max_staleness
+from keel.rollouts.schedule import ScheduleError
 from keel.types import Group, Message, Task
 
 TASKS = [Task(f"t{i}", {"n": i}) for i in range(7)]

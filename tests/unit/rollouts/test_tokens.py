@@ -9,7 +9,7 @@ import pytest
 
 from keel.chat.base import Prompt
 from keel.engines.base import DrawnSpan, GenerateResult
-from keel.rollout.tokens import TokenRecord, TokenRecordError
+from keel.rollouts.tokens import TokenRecord, TokenRecordError
 from keel.types import MISSING_ROUTE, Routes, SamplingSettings
 
 

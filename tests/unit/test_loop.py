@@ -13,7 +13,7 @@ from keel.build import with_absolute_model
 from keel.config import TrainConfig
 from keel.learner.base import Update
 from keel.monitor.rules import Monitor
-from keel.train import due, mean_metrics, take_updates
+from keel.loop import due, mean_metrics, take_updates
 from keel.types import Verdict
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from keel.chat.base import Chat
 from keel.envs.base import Demonstration, Env, Step
 from keel.envs.load import EnvFactory
-from keel.rollout.metrics import rollout_metrics
-from keel.rollout.tokens import TokenRecord
+from keel.rollouts.metrics import rollout_metrics
+from keel.rollouts.tokens import TokenRecord
 from keel.types import Group, Message, Trajectory, Turn
 
 

@@ -15,8 +15,8 @@ import pytest
 from keel.chat.base import Reply
 from keel.engines.base import DrawnSpan, EngineError, GenerateResult
 from keel.envs.base import Env, EnvError, Step
-from keel.rollout.episode import Attempt, EpisodeSettings, add_reward, run_episode
-from keel.rollout.tokens import TokenRecordError
+from keel.rollouts.episode import Attempt, EpisodeSettings, add_reward, run_episode
+from keel.rollouts.tokens import TokenRecordError
 from keel.types import MISSING_ROUTE, Message, SamplingSettings, Task, Trajectory
 
 TASK = Task("t", {"question": "ask"})

@@ -22,11 +22,11 @@ from keel.engines.base import Engine
 from keel.envs.base import Split
 from keel.envs.load import EnvFactory
 from keel.rewards.base import Reward
-from keel.rollout.episode import Attempt, EpisodeSettings, add_reward, failed_attempt, run_episode, told
-from keel.rollout.loop_thread import LoopThread
-from keel.rollout.metrics import rollout_metrics
-from keel.rollout.pool import EnvPool
-from keel.rollout.schedule import ScheduleError, TaskSchedule
+from keel.rollouts.episode import Attempt, EpisodeSettings, add_reward, failed_attempt, run_episode, told
+from keel.rollouts.loop_thread import LoopThread
+from keel.rollouts.metrics import rollout_metrics
+from keel.rollouts.pool import EnvPool
+from keel.rollouts.schedule import ScheduleError, TaskSchedule
 from keel.types import Group, SamplingSettings, Task, Trajectory
 
 STATE_VERSION = 1

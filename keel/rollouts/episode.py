@@ -25,7 +25,7 @@ from keel.envs.base import Env, Step
 from keel.envs.calls import call_with_timeout
 from keel.envs.threads import CallTimeoutError, HangingCallsError
 from keel.rewards.base import Reward
-from keel.rollout.tokens import TokenRecord
+from keel.rollouts.tokens import TokenRecord
 from keel.types import Message, SamplingSettings, Task, ToolSpec, Trajectory, TrajectoryStatus, Turn
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from keel.rollout.store import (
+from keel.rollouts.store import (
     RecordError,
     read_step_record,
     read_trajectories,

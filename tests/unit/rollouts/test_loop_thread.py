@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from keel.rollout.loop_thread import LoopThread
+from keel.rollouts.loop_thread import LoopThread
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from keel.algo.apply import add_advantages, correct
 from keel.batch import PackedBatch, pack
 from keel.build import EnvSource, Parts, build, with_absolute_model
 from keel.config import AlgoConfig, Stage, TrainConfig
-from keel.evaluate import evaluate
+from keel.evaluation import evaluate
 from keel.learner.base import LearnerLike, Update
 from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog, RunSummary, completed_run

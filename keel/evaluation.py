@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from keel.monitor.wilson import success_metrics
-from keel.rollout.metrics import outcome_metrics
+from keel.rollouts.metrics import outcome_metrics
 
 if TYPE_CHECKING:
     from keel.build import EnvSource
     from keel.config import EvalConfig, TrainConfig
-    from keel.rollout.collector import Collector
+    from keel.rollouts.collector import Collector
 
 
 class EvaluationError(ValueError):
