@@ -1,6 +1,6 @@
 """Keel: agentic reinforcement learning where the policy that learns is the policy that acted.
 
-The names below are imported when first used, so `import keel` is quick and needs no torch. `train` is in `keel.loop`.
+The names below are imported when first used, so `import keel` is quick and needs no torch.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from keel.build import build
 from keel.config import TrainConfig
 from keel.envs.arithmetic import CalculatorEnv
-from keel.monitor.runlog import RunLog
 from keel.loop import run_stages, train
+from keel.monitor.runlog import RunLog
 
 STEPS = 3
 SECONDS = ("_s",)  # what tells the time differs from run to run

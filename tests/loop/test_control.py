@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from benchmarks.control import shuffled_group_mean
 from keel.algo.advantage import group_mean
-from keel.quickstart import quickstart_config
 from keel.loop import train
+from keel.quickstart import quickstart_config
 
 PLUGIN = "benchmarks.control:shuffled_group_mean"
 

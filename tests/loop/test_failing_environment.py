@@ -18,11 +18,11 @@ from keel.chat.harmony import HarmonyChat
 from keel.config import EngineConfig, EnvConfig, RolloutConfig
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.envs.base import Env, Step
+from keel.loop import train
 from keel.models.policy import PolicyModel
 from keel.models.tiny import build_tiny_model, build_tiny_tokenizer
 from keel.rollouts.collector import Collector
 from keel.rollouts.store import read_step_record, read_trajectories
-from keel.loop import train
 from keel.types import Group, Message, Routes, Task, Trajectory
 
 RAISES, HANGS = 0.20, 0.05

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from keel.config import EngineConfig, ModelConfig
 from keel.engines.base import WeightSource
 from keel.engines.embedded.engine import EmbeddedEngine
-from keel.models.policy import PolicyModel
 from keel.loop import train
+from keel.models.policy import PolicyModel
 
 ROUTERS = {"gpt_oss": "model.layers.1.mlp.router", "qwen3_moe": "model.layers.1.mlp.gate"}
 

@@ -9,11 +9,11 @@ import pytest
 from keel import config_load
 from keel.config import TrainConfig
 from keel.learner.checkpoint import CheckpointError, checkpoint_to_resume, prune, writing
+from keel.loop import resume
 from keel.monitor import directory
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog
-from keel.loop import resume
 
 
 def files(path: Path) -> dict[str, bytes]:

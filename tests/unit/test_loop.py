@@ -12,8 +12,8 @@ from keel.batch import PackedBatch
 from keel.build import with_absolute_model
 from keel.config import TrainConfig
 from keel.learner.base import Update
-from keel.monitor.rules import Monitor
 from keel.loop import due, mean_metrics, take_updates
+from keel.monitor.rules import Monitor
 from keel.types import Verdict
 
 
