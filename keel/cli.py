@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import keel
-from keel import config_load
+from keel import cli_new, cli_rollout, config_load
+from keel.cli_arguments import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_problems import ConfigError
 from keel.config_schema import toml_value
@@ -26,10 +27,6 @@ from keel.plugins import PluginError
 if TYPE_CHECKING:
     from keel.monitor.runlog import RunSummary
 
-EXIT_CONFIG = 2
-EXIT_STOPPED = 4
-EXIT_INTERRUPTED = 130
-
 app = typer.Typer(
     help="Keel: reinforcement learning for language-model agents; the policy that learns is the policy that acted.",
     no_args_is_help=True,
@@ -37,11 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.OPTION=VALUE", help="Set an option; may be repeated.")
-]
-ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config; `keel config` prints one.")]
+# Commands that live in modules of their own; those further down are the loop's.
+app.command("new")(cli_new.new)
+app.command("rollout")(cli_rollout.rollout)
 
 
 def main() -> None:
