@@ -32,7 +32,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.rewards": (ANYWHERE | {"keel.chat.base"}, set()),
     "keel.sandbox": (ANYWHERE, {"psutil"}),
     "keel.monitor": (CONFIG_FILES, LIGHT),
-    "keel.report": (ANYWHERE | {"keel.monitor"}, LIGHT),
+    "keel.report": (ANYWHERE | {"keel.monitor", "keel.runs"}, LIGHT),
     "keel.batch": ({"keel.types"}, {"torch", "numpy"}),
     "keel.models": (
         {"keel.ops", "keel.batch", "keel.types"},
@@ -50,6 +50,8 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
         ANYWHERE | {"keel.chat", "keel.envs", "keel.rewards", "keel.engines.base"},
         {"numpy", "safetensors"},
     ),
+    # Reads what a run wrote, and nothing else: no plug-in, no torch.
+    "keel.runs": (CONFIG_FILES | {"keel.monitor", "keel.rollouts.store"}, {"numpy"}),
     "keel.learner": (
         ANYWHERE | {"keel.batch", "keel.algo", "keel.models", "keel.ops", "keel.dist", "keel.sync"},
         {"torch", "safetensors", "numpy", "transformers"},
@@ -161,6 +163,7 @@ LIGHT_ROOMS = [
     "keel.config_load",
     "keel.cli",
     "keel.monitor",
+    "keel.runs",
     "keel.chat",
     "keel.envs",
     "keel.rewards",
