@@ -46,6 +46,15 @@ class TinyConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="fields of its transformers configuration")
 
 
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, description="rank of the adapter that learns in the place of the weights; 0: none")
+    alpha: int = Field(32, ge=1, description="the adapter's product is scaled by alpha / rank")
+    targets: tuple[Literal["attention", "experts", "router", "mlp"], ...] = Field(
+        (), description="what the adapter is on ('mlp': of dense layers); empty: all of these that the model has"
+    )
+    dropout: float = Field(0.0, ge=0, description="only 0: a random forward pass is not the policy that acted")
+
+
 class ModelConfig(Section):
     path: str = Field("", description="Hugging Face directory or hub id of the starting weights")
     tiny: TinyConfig = Field(default_factory=TinyConfig, description="a small model made for this run")
@@ -57,6 +66,7 @@ class ModelConfig(Section):
         1024, ge=1, description="tokens per chunk of the output head; no [T, V] is ever held"
     )
     trust_remote_code: bool = Field(False, description="run code shipped with a model; off unless said")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="train a low-rank adapter (PEFT) of the weights")
 
 
 class ChatConfig(Section):
@@ -174,6 +184,9 @@ class LogConfig(Section):
 
 class MonitorConfig(Section):
     max_skips: int = Field(5, ge=1, description="updates skipped in a row (not finite) that end the run")
+    min_signal_share: float = Field(
+        0.1, ge=0, le=1, description="share of groups carrying a signal below which the run warns; 0: never"
+    )
 
 
 class TrainConfig(Section):
@@ -350,6 +363,20 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         ("model.path", "model.tiny.preset"),
         "two models to start from",
         "leave one of them empty",
+    )
+    lora = config.model.lora
+    refuse(
+        lora.dropout > 0,
+        ("model.lora.dropout",),
+        "dropout makes the forward pass random: the policy that learns would not be the one that acted, and the ratio "
+        "not 1",
+        "set dropout = 0; weight decay and a small rank are what regularizes here",
+    )
+    refuse(
+        lora.rank > 0 and algo.kl.coefficient > 0 and config.warm_start.steps > 0,
+        ("model.lora.rank", "algo.kl.coefficient", "warm_start.steps"),
+        "an adapter's reference is the model with the adapter off, which knows nothing of the warm start",
+        "warm up in a run of its own with rank = 0 and start from its weights, or set algo.kl.coefficient = 0",
     )
     for optim, steps in (("optim", "steps"), ("warm_start.optim", "warm_start.steps")):
         total = _value_at(config, steps)
