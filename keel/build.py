@@ -30,7 +30,7 @@ from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
 from keel.models.policy import PolicyModel
-from keel.monitor.rules import Monitor
+from keel.monitor.rules import Monitor, make_monitor
 from keel.rewards.base import Reward
 from keel.rollouts.collector import Collector
 from keel.rollouts.demonstrate import DemonstrationSource
@@ -129,7 +129,7 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
         sources = make_sources(config, factory, chat, collector)
         for source in sources.values():
             stack.callback(source.close)
-        yield Parts(learner, engine, collector, sources, Monitor(config.monitor.max_skips), loop)
+        yield Parts(learner, engine, collector, sources, make_monitor(config.monitor), loop)
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class ModelConfig(Section):
         1024, ge=1, description="tokens per chunk of the output head; no [T, V] is ever held"
     )
     trust_remote_code: bool = Field(False, description="run code shipped with a model; off unless said")
+    revision: str = Field("", description="branch, tag or commit of a hub id; empty: its main branch")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="train a low-rank adapter (PEFT) of the weights")
 
 
@@ -109,6 +110,9 @@ class EngineConfig(Section):
     prefill_tile: int = Field(128, ge=8, description="rows of a prefill pass; fixed, likewise")
     max_sequence_tokens: int = Field(0, ge=0, description="key-value slots per sequence; 0: the rollout's limit")
     return_routes: bool = Field(True, description="return expert choices of mixture-of-experts models")
+    free_cache: Literal["auto", "on", "off"] = Field(
+        "auto", description="give keys and values back while the learner learns; auto: on CUDA, with max_staleness = 0"
+    )
 
 
 class KLConfig(Section):
@@ -195,6 +199,11 @@ class TrainConfig(Section):
     run_dir: str = Field("", description="run directory; empty: runs/<date>-<name>")
     name: str = Field("run", description="name of the run")
     num_threads: int = Field(0, ge=0, description="CPU threads of the learner and embedded engine; 0: torch's choice")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="'cpu', 'cuda', 'cuda:1' (one card), or 'auto': a CUDA card if torch sees one, else the CPU",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the policy")
     chat: ChatConfig = Field(default_factory=ChatConfig, description="messages to tokens")
     env: EnvConfig = Field(default_factory=EnvConfig, description="where tasks and rewards come from")
@@ -333,6 +342,18 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         ("rollout.max_staleness", "engine.process"),
         "an engine that shares the learner's weights is never behind them",
         'set engine.process = "separate" to give it a copy, or max_staleness = 0',
+    )
+    refuse(
+        rollout.max_staleness > 0 and engine.free_cache == "on",
+        ("engine.free_cache", "rollout.max_staleness"),
+        "an engine that samples while the learner learns needs its keys and values",
+        'set engine.free_cache = "auto" or "off", or max_staleness = 0',
+    )
+    refuse(
+        config.learner.ranks > 1 and ":" in config.device,
+        ("device", "learner.ranks"),
+        "several learner ranks on one named card",
+        'set device = "cuda": rank r takes card r',
     )
     refuse(
         0 < rollout.max_staleness < algo.updates_per_batch,

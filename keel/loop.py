@@ -83,6 +83,8 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
     write_records(run, config, stage, step, groups, batch, updates)
     row = {**source.metrics, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}
     run.log_step(step, row, stage=stage.name)
+    for alarm in parts.monitor.watch(stage.name, step, row):
+        run.log_alarm(alarm, step=step, stage=stage.name)
     return verdict
 
 

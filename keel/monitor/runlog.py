@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from keel.monitor.rows import (
     write_json,
     write_text,
 )
+from keel.monitor.rules import Alarm
 
 State = Literal["starting", "running", "completed", "stopped", "interrupted", "failed"]
 Metrics = Mapping[str, float | int | None]
@@ -37,13 +39,14 @@ Metrics = Mapping[str, float | int | None]
 @dataclass(frozen=True, slots=True)
 class RunSummary:
     """How a run ended: `state` "completed", or "stopped" by the monitor (with `reason`); `steps` rows of training;
-    `eval`: metrics of each named evaluation; `seconds` per stage."""
+    `eval`: metrics of each named evaluation; `alarms` raised by each rule; `seconds` per stage."""
 
     run_dir: str
     state: State
     reason: str = ""
     steps: int = 0
     eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    alarms: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -56,7 +59,8 @@ def completed_run(run_dir: Path) -> RunSummary | None:
     if written["steps"] < config_load.load(paths.config).steps:
         return None  # given more steps since
     reason = "it was complete before; nothing was done"
-    return RunSummary(str(run_dir), "completed", reason, written["steps"], written["eval"], written["seconds"])
+    known = ("steps", "eval", "alarms", "seconds")
+    return RunSummary(str(run_dir), "completed", reason, **{name: written[name] for name in known})
 
 
 class RunLog:
@@ -75,6 +79,7 @@ class RunLog:
         self._num_steps: dict[str, int] = {}
         self._num_rows = 0
         self._evaluations: dict[str, dict[str, float]] = {}
+        self._alarms = Counter[str]()  # by rule
         self._closed = False
         self._display = live.open_display(config.log.live, paths.root.name)
         self._trackers: list[trackers.Tracker] = []
@@ -176,6 +181,13 @@ class RunLog:
         for tracker in self._trackers:
             tracker.log(self._train_step, prefixed)
 
+    def log_alarm(self, alarm: Alarm, *, step: int, stage: str = "reinforcement") -> None:
+        """Append an alarm's row and show it; `step` is the one it was raised at, logged before."""
+        head = {"kind": "alarm", "stage": stage, "step": step, **asdict(alarm)}
+        self._append(head, {})
+        self._alarms[alarm.rule] += 1
+        self._display.note(f"alarm {alarm.rule} ({alarm.severity}) at {stage} step {step}: {alarm.text}")
+
     @property
     def _train_step(self) -> int:
         return sum(self._num_steps.values())
@@ -215,7 +227,10 @@ class RunLog:
         self._last_step = dict(state["last_step"])
         self._num_steps = dict(state["num_steps"])
         self._evaluations = {}
+        self._alarms.clear()
         for row in read_rows(self.paths.metrics):
+            if row["kind"] == "alarm":
+                self._alarms[row["rule"]] += 1
             if row["kind"] == "eval":
                 metrics = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
                 self._evaluations[row["name"]] = {"step": row["step"], **metrics}
@@ -229,6 +244,7 @@ class RunLog:
             reason=reason,
             steps=self._num_steps.get("reinforcement", 0),
             eval=dict(self._evaluations),
+            alarms=dict(self._alarms),
             seconds={name: round(seconds, 3) for name, seconds in self._seconds.items()},
         )
         if self._closed:

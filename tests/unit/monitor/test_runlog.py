@@ -14,6 +14,7 @@ from keel import config_load
 from keel.config import TrainConfig
 from keel.monitor import RunLog, environment, success_metrics
 from keel.monitor.rows import RunDirectoryError, read_rows
+from keel.monitor.rules import Alarm
 
 
 def config_for(tmp_path, **values):
@@ -228,3 +229,37 @@ def test_nothing_secret_is_recorded(tmp_path, monkeypatch):
     import platform
 
     assert platform.node() not in (tmp_path / "run" / "environment.json").read_text().split('"')
+
+
+def test_alarms_are_rows_and_are_counted(tmp_path, capsys):
+    """A kill after an alarm takes back what the checkpoint does not know; nothing in its text is markup or code."""
+    warning = Alarm("no_signal", "warn", "[bold]only 1 of 40\x1b[31m groups", 2)
+    with RunLog.open(config_for(tmp_path)) as run:
+        with run.stage("reinforcement", 6):
+            do_steps(run, 0, 3)
+            run.log_alarm(warning, step=2)
+            state = run.state()
+            do_steps(run, 3, 4)
+            run.log_alarm(Alarm("not_finite", "skip", "loss is nan", 3), step=3)
+        row = rows_of(run)[3]
+        run.restore(state)
+        do_steps(run, 3, 4)
+        run.log_alarm(warning, step=3)
+        summary = run.close()
+    assert row == {
+        "schema_version": 1,
+        "kind": "alarm",
+        "stage": "reinforcement",
+        "step": 2,
+        "train_step": 3,
+        "rule": "no_signal",
+        "severity": "warn",
+        "text": warning.text,
+        "first_step": 2,
+    }
+    assert summary.alarms == {"no_signal": 2}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["alarms"] == {"no_signal": 2}
+    assert [row["kind"] for row in rows_of(run)] == ["step"] * 3 + ["alarm", "step", "alarm"]
+    shown = capsys.readouterr().out
+    assert "alarm no_signal (warn) at reinforcement step 2: [bold]only 1 of 40\\x1b[31m groups" in shown
+    assert "\x1b" not in shown
