@@ -16,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from keel.monitor.printable import one_line, printable
+
 Metrics = Mapping[str, float | int | None]
 Clock = Callable[[], float]
 
@@ -32,6 +34,7 @@ SHOWN = (
 )
 LINE_EVERY_S = 10.0
 NOTES_SHOWN = 5
+NOTE_LIMIT = 4000  # characters of a note that are shown
 
 
 class Display(Protocol):
@@ -53,14 +56,9 @@ def open_display(mode: Literal["auto", "on", "off"], title: str) -> Display:
     return LineDisplay(sys.stdout)
 
 
-def harmless(text: str) -> str:
-    """`text` with control characters (terminal codes among them) made visible; newline and tab stay."""
-    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
-
-
 def describe(metrics: Metrics) -> str:
     """Numbers in one line: "success 0.52, num_tasks 512"."""
-    return ", ".join(f"{name} {number(value)}" for name, value in metrics.items())
+    return ", ".join(f"{one_line(name)} {number(value)}" for name, value in metrics.items())
 
 
 def number(value: float | None) -> str:
@@ -132,7 +130,7 @@ class LineDisplay:
         self._out.flush()
 
     def _write(self, text: str) -> None:
-        self._out.write(harmless(text) + "\n")
+        self._out.write(printable(text, limit=NOTE_LIMIT) + "\n")
         self._out.flush()
 
 
@@ -140,7 +138,7 @@ class LiveDisplay:
     """A table redrawn in place. Output printed by others appears above it."""
 
     def __init__(self, title: str, console: Console, clock: Clock = time.monotonic) -> None:
-        self._title = harmless(title)
+        self._title = one_line(title)
         self._clock = clock
         self._pace = Pace(0, clock)
         self._stage = ""
@@ -164,7 +162,7 @@ class LiveDisplay:
         self._live.update(self.render())
 
     def note(self, text: str) -> None:
-        self._notes = [*self._notes, harmless(text)][-NOTES_SHOWN:]
+        self._notes = [*self._notes, printable(text, limit=NOTE_LIMIT)][-NOTES_SHOWN:]
         self._live.update(self.render())
 
     def close(self) -> None:
@@ -175,7 +173,7 @@ class LiveDisplay:
         """The display's present state. Only `Text`, never a string: rich reads strings as markup."""
         done = self._step + 1
         left = "" if self._left is None else f", {duration(self._left)} left"
-        head = Text(f"{self._title}  {harmless(self._stage)} {done}/{self._pace.total}{left}", style="bold")
+        head = Text(f"{self._title}  {one_line(self._stage)} {done}/{self._pace.total}{left}", style="bold")
         bar = ProgressBar(total=max(1, self._pace.total), completed=done, width=60)
         table = Table.grid(padding=(0, 2))
         for name, label in SHOWN:
