@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from keel.types import UserFault
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -280,7 +282,7 @@ class Conflict:
     fix: str
 
 
-class ImpossibleConfigError(ValueError):
+class ImpossibleConfigError(UserFault, ValueError):
     """A combination of options that no run can honour; `conflicts` lists all that were found."""
 
     def __init__(self, conflicts: list[Conflict]) -> None:

@@ -106,7 +106,9 @@ def _model_config(model: ModelConfig) -> Any:
 
     if model.tiny.preset:
         return tiny_config(model.tiny.preset, vocab_size=model.tiny.vocab_size, **model.tiny.options)
-    return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return AutoConfig.from_pretrained(
+        model.path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+    )
 
 
 def _active(parameters: dict[str, int], info: ModelInfo) -> int:

@@ -83,6 +83,9 @@ def _streams(micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
 
 def _header(config: TrainConfig, stage: Stage, step: int) -> dict[str, Any]:
     rollout = config.rollout
+    cuda_state = {}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        cuda_state["cuda_random_state"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     return {
         "step": step,
         "stage": stage.name,
@@ -93,4 +96,5 @@ def _header(config: TrainConfig, stage: Stage, step: int) -> dict[str, Any]:
         "sampling": {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
         # Draws are made of (seed, step, group, attempt, turn); the learner's own generator is the one state there is.
         "torch_random_state": torch.get_rng_state().numpy().tobytes().hex(),
+        **cuda_state,
     }

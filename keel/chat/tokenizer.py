@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from keel.types import UserFault
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
     from transformers import PreTrainedTokenizerFast
@@ -21,7 +23,7 @@ REPLACEMENT = "\ufffd"
 """Stands in decoded text for an id that is not in the vocabulary, and for bytes that are not UTF-8."""
 
 
-class ChatFormatError(ValueError):
+class ChatFormatError(UserFault, ValueError):
     """A tokenizer and a chat format do not fit, or a message cannot be written in it; says what, got and fix."""
 
 
@@ -171,10 +173,11 @@ class FastTokenizer:
         return plain
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path, *, revision: str = "") -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face directory (or hub id), its chat template included; torch is not imported.
 
-    Raises ChatFormatError if a local directory holds no `tokenizer.json`.
+    `revision` is a hub id's branch, tag or commit; code that lies beside a tokenizer is never run. Raises
+    ChatFormatError if a local directory holds no `tokenizer.json`.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -183,7 +186,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise ChatFormatError(
             f"tokenizer: no tokenizer.json in {directory}; save one there with tokenizer.save_pretrained({str(path)!r})"
         )
-    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(path))
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(path), revision=revision or "main")
     return loaded
 
 

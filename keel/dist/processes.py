@@ -19,8 +19,10 @@ RENDEZVOUS_FILE = "rendezvous"
 COLLECTIVE_TIMEOUT_S = 1800
 
 
-def join_ranks(rank: int, world_size: int, directory: str, num_threads: int) -> Ranks:
-    """Join the process group of `world_size` ranks that meet in `directory`; the CPU backend is gloo.
+def join_ranks(rank: int, world_size: int, directory: str, num_threads: int, device: torch.device) -> Ranks:
+    """Join the process group of `world_size` ranks that meet in `directory`: gloo on the CPU, NCCL on CUDA.
+
+    `device` is this rank's own.
 
     `num_threads` is torch's number of CPU threads in this rank.
     """
@@ -31,14 +33,16 @@ def join_ranks(rank: int, world_size: int, directory: str, num_threads: int) -> 
         # All ranks are on this machine; a host name that resolves to some other interface would make them wait.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = f"file://{Path(directory).resolve() / RENDEZVOUS_FILE}"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before NCCL, which takes the current card
     dist.init_process_group(
-        "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         init_method=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
-    return Ranks(rank, world_size, init_device_mesh("cpu", (world_size,)))
+    return Ranks(rank, world_size, init_device_mesh(device.type, (world_size,)), device)
 
 
 def leave_ranks() -> None:

@@ -12,14 +12,18 @@ from torch.distributed.tensor import DTensor, Shard
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that share a model. `mesh` is there if there are several."""
+    """This process's place among those that share a model. `mesh` is there if there are several; tensors that are
+    reduced lie on `device`."""
 
     rank: int = 0
     world_size: int = 1
     mesh: DeviceMesh | None = None
+    device: torch.device = CPU
 
     @property
     def first(self) -> bool:

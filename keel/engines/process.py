@@ -68,16 +68,17 @@ class EngineProcess:
         max_sequence_tokens: int,
         version: int = 0,
         num_threads: int = 0,
+        device: str = "cpu",
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        """Start the process and wait until its model is loaded.
+        """Start the process and wait until its model is loaded on `device`.
 
         `model.path` is what it loads; `num_threads` 0 leaves the number to torch (the same bits need the same
         number). Raises EngineError, with the process's own words, if it cannot start.
         """
         context = multiprocessing.get_context("spawn")
         self._connection, remote = context.Pipe()
-        spec = WorkerSpec(model, config, max_sequence_tokens, version, num_threads)
+        spec = WorkerSpec(model, config, max_sequence_tokens, version, num_threads, device)
         self._process = context.Process(target=run_worker, args=(remote, spec), name="keel-engine", daemon=True)
         self._process.start()
         remote.close()

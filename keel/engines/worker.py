@@ -31,6 +31,7 @@ class WorkerSpec:
     max_sequence_tokens: int
     version: int
     num_threads: int
+    device: str = "cpu"
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:
@@ -62,6 +63,8 @@ def _load(spec: WorkerSpec) -> EmbeddedEngine:
         experts=model.experts,
         head_chunk_tokens=model.head_chunk_tokens,
         trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
+        device=spec.device,
     )
     return EmbeddedEngine(
         policy, spec.config, max_sequence_tokens=spec.max_sequence_tokens, version=spec.version, shares_weights=False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -28,14 +28,23 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class LearnerGroup:
-    """`learner.ranks` processes on this machine, each with its shard of the model (FSDP2 over gloo).
+    """`learner.ranks` processes on this machine, each with its shard of the model (FSDP2 over gloo, or NCCL on CUDA).
 
     Micro-batches are dealt to ranks in turn. Any error ends the group: after one, ranks may wait in collectives for
     each other. The group is a context manager; `close` ends its processes.
     """
 
-    def __init__(self, model: ModelConfig, learner: LearnerConfig, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        *,
+        seed: int = 0,
+        devices: Sequence[torch.device | str] | None = None,
+    ) -> None:
         """Start the ranks and wait until each has its shard; `seed` seeds every process, this one too.
+
+        `devices` holds one for each rank; None: the CPU for all.
 
         Raises what a rank raised while it loaded the model.
         """
@@ -50,8 +59,9 @@ class LearnerGroup:
         self._processes: list[BaseProcess] = []
         context = multiprocessing.get_context("spawn")
         num_threads = max(1, torch.get_num_threads() // self.num_ranks)
+        names = [str(device) for device in devices or ["cpu"] * self.num_ranks]
         for rank in range(self.num_ranks):
-            spec = RankSpec(rank, self.num_ranks, self._directory, num_threads, seed, model, learner)
+            spec = RankSpec(rank, self.num_ranks, self._directory, num_threads, seed, model, learner, names[rank])
             here, there = context.Pipe()
             process = context.Process(target=run_rank, args=(there, spec), name=f"keel-rank-{rank}", daemon=True)
             process.start()

@@ -62,6 +62,7 @@ class Learner:
             gradient_checkpointing=model.gradient_checkpointing,
             head_chunk_tokens=model.head_chunk_tokens,
             trust_remote_code=model.trust_remote_code,
+            revision=model.revision,
             device=self.device,
         )
         if self.ranks.mesh is not None:

@@ -26,6 +26,7 @@ class RankSpec:
     seed: int
     model: ModelConfig
     learner: LearnerConfig
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,13 @@ def run_rank(connection: Connection, spec: RankSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     try:
+        import torch
+
         from keel.learner.learner import Learner
 
-        ranks = join_ranks(spec.rank, spec.world_size, spec.directory, spec.num_threads)
-        learner = Learner(spec.model, spec.learner, seed=spec.seed, ranks=ranks)
+        device = torch.device(spec.device)
+        ranks = join_ranks(spec.rank, spec.world_size, spec.directory, spec.num_threads, device)
+        learner = Learner(spec.model, spec.learner, seed=spec.seed, device=device, ranks=ranks)
     except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
         send(connection, _failure(error))
         return

@@ -42,11 +42,12 @@ def export(learner: Learner, path: Path) -> None:
     if learner.ranks.first:
         path.mkdir(parents=True, exist_ok=True)
         learner.policy.save(path, state_dict=_with_tied(learner, whole))
-        copy_tokenizer(learner.config.path, path, trust_remote_code=learner.config.trust_remote_code)
+        config = learner.config
+        copy_tokenizer(config.path, path, trust_remote_code=config.trust_remote_code, revision=config.revision)
     learner.ranks.barrier()
 
 
-def copy_tokenizer(source: str, target: Path, *, trust_remote_code: bool = False) -> None:
+def copy_tokenizer(source: str, target: Path, *, trust_remote_code: bool = False, revision: str = "") -> None:
     """Put the tokenizer of `source` (a directory or hub id) beside the weights in `target`; without one, nothing."""
     directory = Path(source)
     if directory.is_dir():
@@ -56,7 +57,8 @@ def copy_tokenizer(source: str, target: Path, *, trust_remote_code: bool = False
         return
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
+    tokenizer.save_pretrained(target)
 
 
 def save(learner: Learner, path: Path, extra: Mapping[str, Any]) -> None:

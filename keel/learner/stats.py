@@ -33,13 +33,13 @@ class Stats:
 
     def collect(self, ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
         """(sums, maxima) over all ranks, as floats."""
-        sums = ranks.sum(_stack(self.sums)).tolist()
-        maxima = ranks.max(_stack(self.maxima)).tolist()
+        sums = ranks.sum(_stack(self.sums, ranks.device)).tolist()
+        maxima = ranks.max(_stack(self.maxima, ranks.device)).tolist()
         return dict(zip(self.sums, sums, strict=True)), dict(zip(self.maxima, maxima, strict=True))
 
 
-def _stack(values: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(values.values())) if values else torch.zeros(0, dtype=torch.float64)
+def _stack(values: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.stack(list(values.values())) if values else torch.zeros(0, dtype=torch.float64, device=device)
 
 
 def ratio_deviation(logprobs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,7 @@ class PolicyModel(nn.Module):
         gradient_checkpointing: bool = False,
         head_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         trust_remote_code: bool = False,
+        revision: str = "",
         device: torch.device | str | None = None,
     ) -> PolicyModel:
         """Load a Hugging Face directory or hub id; the keywords are those of the config's `model` section.
@@ -105,7 +106,8 @@ class PolicyModel(nn.Module):
                 dtype=_dtype(dtype),
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
-                **({} if _is_dense(path, trust_remote_code) else {"experts_implementation": experts}),
+                revision=revision or "main",
+                **({} if _is_dense(path, trust_remote_code, revision) else {"experts_implementation": experts}),
             )
         if device is not None:
             model.to(device)
@@ -278,10 +280,11 @@ def _register(attention: str, experts: str) -> None:
         keel_experts.register()
 
 
-def _is_dense(path: str | Path, trust_remote_code: bool) -> bool:
+def _is_dense(path: str | Path, trust_remote_code: bool, revision: str) -> bool:
     from transformers import AutoConfig
 
-    return model_info(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)).num_experts == 0
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")
+    return model_info(config).num_experts == 0
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

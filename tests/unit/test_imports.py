@@ -17,6 +17,7 @@ ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins"}
 CONFIG_FILES = {f"keel.{path.stem}" for path in ROOT.glob("config*.py")} | {"keel.types", "keel.plugins"}
 FLOOR_FOUR = {"keel.loop", "keel.build", "keel.records", "keel.recipes", "keel.evaluation", "keel.quickstart"}
 FLOOR_FOUR |= {"keel.tiny_start", "keel.plan", "keel.signal_check", "keel.preflight", "keel.replay", "keel.bench"}
+FLOOR_FOUR |= {"keel.device"}
 LIGHT = {"pydantic", "rich", "tomlkit", "psutil"}
 
 # room -> (rooms of Keel it may enter, other packages it may import). A room may always enter itself and the standard
@@ -24,7 +25,7 @@ LIGHT = {"pydantic", "rich", "tomlkit", "psutil"}
 MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel": ({"*"}, set()),  # the public names, imported when first used
     "keel.types": (set(), set()),
-    "keel.plugins": (set(), set()),
+    "keel.plugins": ({"keel.types"}, set()),
     "keel.config": (set(), {"pydantic"}),
     "keel.ops": (set(), {"torch"}),
     "keel.chat": (ANYWHERE, {"tokenizers", "transformers", "jinja2"}),
