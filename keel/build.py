@@ -20,6 +20,7 @@ from keel.chat.base import Chat
 from keel.chat.factory import make_chat
 from keel.chat.tokenizer import load_tokenizer
 from keel.config import EngineConfig, EnvConfig, ModelConfig, TrainConfig
+from keel.device import describe_device, prepare_device, rank_devices, resolve_device
 from keel.engines.base import Engine
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.engines.process import EngineProcess
@@ -104,8 +105,9 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     """The parts of `config`, closed again in the end whatever happens. `env` stands in for the config's `[env]`."""
     factory = prepare(config, env)
     model = starting_model(config, factory, run.paths.root)
-    chat = make_chat(config.chat, load_tokenizer(model.path))
-    run.note_environment(threads=torch.get_num_threads(), device="cpu")
+    chat = make_chat(config.chat, load_tokenizer(model.path, revision=model.revision))
+    device = resolve_device(config.device)
+    run.note_environment(threads=torch.get_num_threads(), device=describe_device(device))
     with ExitStack() as stack:
         learner = make_learner(config, model)
         stack.callback(learner.close)
@@ -143,7 +145,7 @@ def build_sampler(config: TrainConfig, env: EnvSource | None) -> Iterator[Collec
     with ExitStack() as stack:
         root = stack.enter_context(tempfile.TemporaryDirectory(prefix="keel-sampler-"))
         model = starting_model(config, factory, Path(root))
-        chat = make_chat(config.chat, load_tokenizer(model.path))
+        chat = make_chat(config.chat, load_tokenizer(model.path, revision=model.revision))
         loop = LoopThread()
         stack.callback(loop.close)
         engine = make_engine(config, model, learner=None)
@@ -157,9 +159,13 @@ def build_sampler(config: TrainConfig, env: EnvSource | None) -> Iterator[Collec
 
 
 def prepare(config: TrainConfig, env: EnvSource | None) -> EnvFactory:
-    """Set the number of threads, before any torch work, and say where environments come from."""
+    """Set the number of threads and the device up, before any torch work, and say where environments come from.
+
+    Raises ConfigError for a device that is not there.
+    """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    prepare_device(resolve_device(config.device))
     return env if env is not None else env_factory(config.env)
 
 
@@ -185,9 +191,10 @@ def with_absolute_model(config: TrainConfig) -> TrainConfig:
 
 def make_learner(config: TrainConfig, model: ModelConfig) -> LearnerLike:
     """One process, or a group of ranks behind the same methods."""
+    devices = rank_devices(config.device, config.learner.ranks)
     if config.learner.ranks == 1:
-        return Learner(model, config.learner, seed=config.seed)
-    return LearnerGroup(model, config.learner, seed=config.seed)
+        return Learner(model, config.learner, seed=config.seed, device=devices[0])
+    return LearnerGroup(model, config.learner, seed=config.seed, devices=devices)
 
 
 def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | None) -> Engine:
@@ -202,18 +209,21 @@ def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | 
         made: Engine = plugins.resolve(engine.id, "keel.engines")(model, engine, max_sequence_tokens=limit)
         return made
     version = 0 if learner is None else learner.version
+    device = resolve_device(config.device)
     if engine.process == "separate":
         # The number in force here, set or torch's own choice: other threads, other bits.
         num_threads = torch.get_num_threads()
-        return EngineProcess(model, engine, max_sequence_tokens=limit, version=version, num_threads=num_threads)
+        return EngineProcess(
+            model, engine, max_sequence_tokens=limit, version=version, num_threads=num_threads, device=str(device)
+        )
     if isinstance(learner, Learner):
         return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=version)
-    policy = load_policy(model)
+    policy = load_policy(model, device)
     return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=version, shares_weights=False)
 
 
-def load_policy(model: ModelConfig) -> PolicyModel:
-    """The policy of `model.path`, to sample from."""
+def load_policy(model: ModelConfig, device: torch.device) -> PolicyModel:
+    """The policy of `model.path` on `device`, to sample from."""
     return PolicyModel.load(
         model.path,
         dtype=model.dtype,
@@ -221,6 +231,8 @@ def load_policy(model: ModelConfig) -> PolicyModel:
         experts=model.experts,
         head_chunk_tokens=model.head_chunk_tokens,
         trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
+        device=device,
     )
 
 
