@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from keel import config_schema
 from keel.config import ImpossibleConfigError, Plugin
 from keel.config_schema import Path
+from keel.types import UserFault
 
 Where = Callable[[Path], str]
 """Turns an option's path into the file and line, or the `--set`, that gave it."""
@@ -32,7 +33,7 @@ class Problem:
         return "\n".join(lines)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserFault, ValueError):
     """A config that cannot be run; `problems` holds every fault that was found, not the first alone."""
 
     def __init__(self, problems: list[Problem]) -> None:

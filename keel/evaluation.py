@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from keel.monitor.wilson import success_metrics
 from keel.rollouts.metrics import outcome_metrics
+from keel.types import UserFault
 
 if TYPE_CHECKING:
     from keel.build import EnvSource
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from keel.rollouts.collector import Collector
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserFault, ValueError):
     """The evaluation asked for cannot be had; says what, got and how to fix."""
 
 

@@ -34,6 +34,19 @@ MISSING_ROUTE = 0xFFFF
 """Stands in `Routes` where no expert choice is known (a token that was never fed to the model)."""
 
 
+class Fault(Exception):  # noqa: N818 (its kinds end in Error)
+    """Something went wrong, and the text says all there is to know: what, got and fix. A command line prints it without
+    a traceback and exits with `exit_code`: 1, because it gave way while it ran."""
+
+    exit_code = 1
+
+
+class UserFault(Fault):
+    """The config, an argument, or what they name has to be mended before this can work."""
+
+    exit_code = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat message. `channel`, `recipient` and `content_type` follow Harmony's header fields.

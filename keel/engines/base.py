@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from keel.sync.base import WeightSource
-from keel.types import FinishReason, Routes, SamplingSettings
+from keel.types import Fault, FinishReason, Routes, SamplingSettings
 
 __all__ = [
     "DrawnSpan",
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-class EngineError(RuntimeError):
+class EngineError(Fault, RuntimeError):
     """The engine failed; the episode that asked becomes `engine_error`, never a reward of zero."""
 
 

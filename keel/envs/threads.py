@@ -16,12 +16,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from keel.types import Fault
+
 
 class CallTimeoutError(Exception):
     """A call did not return within its time; raised by `WorkerThreads.call` and `call_with_timeout`."""
 
 
-class HangingCallsError(RuntimeError):
+class HangingCallsError(Fault, RuntimeError):
     """So many calls hang that no new thread may be made for the next one; the run has to end."""
 
 

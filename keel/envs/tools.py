@@ -30,7 +30,7 @@ from keel.envs.base import EnvError
 from keel.envs.calls import call_with_timeout
 from keel.envs.docstrings import parse_docstring
 from keel.envs.threads import CallTimeoutError, HangingCallsError
-from keel.types import ToolSpec
+from keel.types import ToolSpec, UserFault
 
 ToolErrorKind = Literal["unknown_tool", "bad_json", "bad_arguments", "raised", "timeout"]
 
@@ -39,7 +39,7 @@ PYTHON = "python"
 """Name of the tool that GPT-OSS calls with raw code; a function of this name has one parameter, the code."""
 
 
-class ToolDeclarationError(TypeError):
+class ToolDeclarationError(UserFault, TypeError):
     """A function cannot be a tool; says what is missing and how to add it."""
 
 

@@ -12,10 +12,10 @@ import torch
 from keel.batch import PackedBatch
 from keel.config import Stage
 from keel.sync.base import WeightSource
-from keel.types import Verdict
+from keel.types import Fault, Verdict
 
 
-class LearnerError(RuntimeError):
+class LearnerError(Fault, RuntimeError):
     """The learner was used out of order, or one of its processes is gone; says what, and how to fix it."""
 
 

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from keel.types import Fault
+
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
@@ -28,7 +30,7 @@ _REPLACED = ".replaced"
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Fault, RuntimeError):
     """A checkpoint is missing, damaged, unfinished, or of another model; the message says which file and what to do."""
 
 

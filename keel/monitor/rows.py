@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keel.types import UserFault
+
 SCHEMA_VERSION = 1
 """Version of the run directory's contract (docs/loop.md); raised when a name or a meaning changes."""
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(UserFault, RuntimeError):
     """A run directory cannot be made, taken over or read; says what, got and how to fix."""
 
 

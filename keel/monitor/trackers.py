@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from keel.config import LogConfig
+from keel.types import UserFault
 
 Metrics = Mapping[str, float | int | None]
 
 
-class TrackerError(RuntimeError):
+class TrackerError(UserFault, RuntimeError):
     """A tracker was asked for that is not installed."""
 
 

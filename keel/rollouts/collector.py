@@ -27,13 +27,13 @@ from keel.rollouts.loop_thread import LoopThread
 from keel.rollouts.metrics import rollout_metrics
 from keel.rollouts.pool import EnvPool
 from keel.rollouts.schedule import ScheduleError, TaskSchedule
-from keel.types import Group, SamplingSettings, Task, Trajectory
+from keel.types import Fault, Group, SamplingSettings, Task, Trajectory
 
 STATE_VERSION = 1
 _EVAL_STEP = -1  # in place of the policy step, so that an evaluation draws the same numbers whenever it runs
 
 
-class RolloutError(RuntimeError):
+class RolloutError(Fault, RuntimeError):
     """Rollouts cannot go on: every episode of a step failed, say. The text has the first failure's reason."""
 
 

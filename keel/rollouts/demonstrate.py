@@ -13,10 +13,10 @@ from keel.envs.base import Demonstration, Env, Step
 from keel.envs.load import EnvFactory
 from keel.rollouts.metrics import rollout_metrics
 from keel.rollouts.tokens import TokenRecord
-from keel.types import Group, Message, Trajectory, Turn
+from keel.types import Fault, Group, Message, Trajectory, Turn
 
 
-class DemonstrationError(RuntimeError):
+class DemonstrationError(Fault, RuntimeError):
     """A demonstration does not work: the chat format cannot read it back, or the environment does not end with it."""
 
 

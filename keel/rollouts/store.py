@@ -16,12 +16,12 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
-from keel.types import Message, Routes, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
+from keel.types import Fault, Message, Routes, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
 
 SCHEMA_VERSION = 1
 
 
-class RecordError(ValueError):
+class RecordError(Fault, ValueError):
     """A record cannot be read: broken, or of another schema version."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from keel.types import Fault
 
-class SyncError(RuntimeError):
+
+class SyncError(Fault, RuntimeError):
     """Weights could not be moved, or did not fit where they were to go; the message names the tensors."""
 
 
