@@ -22,15 +22,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from keel.ops.experts_gate import (
-    ExpertsGate,
-    activate,
-    activate_backward,
-    gated,
-    open_gate,
-    reaches_limit,
-    wide,
-)
+from keel.ops.experts_gate import ExpertsGate, activate, reaches_limit
+from keel.ops.experts_one import OneExpert, adapters_of, gates_first_adapter, right_factor
+from keel.ops.low_rank import LowRank, add_low_rank_
 from keel.ops.matmul import padded_rows, product
 
 
@@ -48,12 +42,17 @@ class ExpertsLayout(ExpertsGate):
 
 @dataclass(frozen=True)
 class ExpertsWeights:
-    """The parameters of one layer: `gate_up` 2I wide, `down`; biases `[E, 2I]`, `[E, Hd]` or None."""
+    """The parameters of one layer: `gate_up` 2I wide, `down`; biases `[E, 2I]`, `[E, Hd]` or None.
+
+    An adapter is added to each expert's products; its `up` has the outputs in the order in which they are stored.
+    """
 
     gate_up: torch.Tensor
     gate_up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
+    gate_up_adapter: LowRank | None = None
+    down_adapter: LowRank | None = None
 
     @property
     def num_experts(self) -> int:
@@ -76,8 +75,18 @@ def experts_forward(
         ValueError: shapes that do not fit.
     """
     check_experts(hidden, chosen, weights, experts, layout)
+    adapters = (experts.gate_up_adapter, experts.down_adapter)
     return _SortedExperts.apply(  # type: ignore[no-any-return, no-untyped-call]
-        hidden, chosen, weights, experts.gate_up, experts.gate_up_bias, experts.down, experts.down_bias, layout
+        hidden,
+        chosen,
+        weights,
+        layout,
+        tuple(adapter.scaling if adapter else 0.0 for adapter in adapters),
+        experts.gate_up,
+        experts.gate_up_bias,
+        experts.down,
+        experts.down_bias,
+        *(factor for adapter in adapters for factor in ((adapter.down, adapter.up) if adapter else (None, None))),
     )
 
 
@@ -87,7 +96,10 @@ def experts_reference(
     """The slow twin: float64, every expert on every token, torch's own autograd."""
     x, out = hidden.double(), torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     for expert in range(experts.num_experts):
-        first, second = experts.gate_up[expert].double(), experts.down[expert].double()
+        first, second = (
+            _merged(weight[expert].double(), adapter, expert, layout)
+            for weight, adapter in ((experts.gate_up, experts.gate_up_adapter), (experts.down, experts.down_adapter))
+        )
         gate_up = x @ (first if layout.transposed else first.t())
         if experts.gate_up_bias is not None:
             gate_up = gate_up + experts.gate_up_bias[expert].double()
@@ -101,6 +113,14 @@ def experts_reference(
         share = torch.where(chosen == expert, weights.double(), 0.0).sum(-1)
         out = out + share[:, None] * result
     return out
+
+
+def _merged(weight: torch.Tensor, adapter: LowRank | None, expert: int, layout: ExpertsLayout) -> torch.Tensor:
+    """One expert's weight, the adapter merged into it."""
+    if adapter is None:
+        return weight
+    addition = adapter.scaling * adapter.down[expert].double().t() @ adapter.up[expert].double()
+    return weight + (addition if layout.transposed else addition.t())
 
 
 def check_experts(
@@ -163,30 +183,6 @@ def sum_of_rows(table: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor |
     return functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
 
 
-def _right_factor(weight: torch.Tensor, layout: ExpertsLayout, *, interleaved: bool) -> torch.Tensor:
-    """One expert's weight as the `[in, out]` right factor of a product, gates before ups.
-
-    Reordering one expert's columns costs a copy of its weight; reordering activations would cost one per token.
-    """
-    factor = weight if layout.transposed else weight.t()
-    if not interleaved:
-        return factor
-    num_in, num_out = factor.shape
-    return factor.reshape(num_in, num_out // 2, 2).transpose(1, 2).reshape(num_in, num_out)
-
-
-def _store_factor_grad(
-    grad: torch.Tensor, factor_grad: torch.Tensor, layout: ExpertsLayout, *, interleaved: bool
-) -> None:
-    """Write the gradient of `_right_factor(weight)` into `grad`, which has the layout of the weight."""
-    target = grad if layout.transposed else grad.t()
-    if interleaved:
-        half = target.shape[1] // 2
-        target.unflatten(1, (half, 2)).copy_(factor_grad.unflatten(1, (2, half)).transpose(1, 2))
-    else:
-        target.copy_(factor_grad)
-
-
 def _gates_first(bias: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
     """`[.., 2I]` biases, gates before ups."""
     return torch.cat((bias[..., ::2], bias[..., 1::2]), dim=-1) if layout.interleaved else bias
@@ -196,44 +192,48 @@ class _SortedExperts(torch.autograd.Function):
     """Keeps the first projection's outputs `[S, 2I]`; everything else is made again in the backward pass."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - autograd hands tensors by position
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         chosen: torch.Tensor,
         weights: torch.Tensor,
-        gate_up: torch.Tensor,
-        gate_up_bias: torch.Tensor | None,
-        down: torch.Tensor,
-        down_bias: torch.Tensor | None,
         layout: ExpertsLayout,
+        scalings: tuple[float, float],
+        *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
+        gate_up, gate_up_bias, down, down_bias, *factors = parameters
+        assert gate_up is not None
+        assert down is not None
         segments = sort_by_expert(chosen, gate_up.shape[0], padded=hidden.device.type == "cpu")
         first_bias = None if gate_up_bias is None else _gates_first(gate_up_bias, layout)
+        first_adapter, second_adapter = adapters_of(factors, scalings)
         pres: list[torch.Tensor] = []  # [n, 2I] of each busy expert, gates before ups
         results: list[torch.Tensor] = []  # [n, Hd] of each
         clamped: list[bool] = []
         for expert, rows in busy(segments):
             x = hidden.index_select(0, segments.tokens[rows])
-            factor = _right_factor(gate_up[expert], layout, interleaved=layout.interleaved)
+            factor = right_factor(gate_up[expert], layout, interleaved=layout.interleaved)
             bias = None if first_bias is None else first_bias[expert]
             pres.append(product(x, factor, rows=x.shape[0], bias=bias))
+            add_low_rank_(pres[-1], x, gates_first_adapter(first_adapter[expert], layout) if first_adapter else None)
             clamped.append(reaches_limit(pres[-1], layout))
             gate, up = pres[-1].chunk(2, dim=-1)
             act = activate(gate, up, layout, clamp=clamped[-1]).to(hidden.dtype)
-            factor = _right_factor(down[expert], layout, interleaved=False)
+            factor = right_factor(down[expert], layout, interleaved=False)
             bias = None if down_bias is None else down_bias[expert]
             results.append(product(act, factor, rows=x.shape[0], bias=bias))
-        ctx.save_for_backward(hidden, weights, gate_up, gate_up_bias, down, down_bias, *pres)
-        ctx.segments, ctx.layout, ctx.clamped = segments, layout, clamped
+            add_low_rank_(results[-1], act, second_adapter[expert] if second_adapter else None)
+        ctx.save_for_backward(hidden, weights, *parameters, *pres)
+        ctx.segments, ctx.layout, ctx.clamped, ctx.scalings = segments, layout, clamped, scalings
         return sum_of_rows(_joined(results, hidden), segments.rows, weights.to(hidden.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
         saved = ctx.saved_tensors  # once: a checkpoint hands its tensors out a single time
-        (hidden, weights, *parameters), pres = saved[:6], saved[6:]
+        (hidden, weights, *parameters), pres = saved[:10], saved[10:]
         needs = ctx.needs_input_grad
-        grads = [torch.empty_like(p) if needs[3 + i] else None for i, p in enumerate(parameters)]
+        grads = [torch.empty_like(p) if needs[5 + i] else None for i, p in enumerate(parameters)]
         segments: Segments = ctx.segments
         # Padding rows have weight zero, so whatever they repeat gives nothing to any gradient.
         sorted_weights = weights.new_zeros(segments.tokens.shape[0])
@@ -244,9 +244,10 @@ class _SortedExperts(torch.autograd.Function):
         for (expert, rows), pre, clamp in pieces:
             tokens = segments.tokens[rows]
             x, g = hidden.index_select(0, tokens), grad_out.index_select(0, tokens)
-            one = _Expert(
+            one = OneExpert(
                 [None if p is None else p[expert] for p in parameters],
                 [None if d is None else d[expert] for d in grads],
+                ctx.scalings,
             )
             grad_x, grad_weight = one.backward(x, g, sorted_weights[rows], pre, ctx.layout, clamp=clamp)
             grads_x.append(grad_x)
@@ -259,8 +260,9 @@ class _SortedExperts(torch.autograd.Function):
             sum_of_rows(_joined(grads_x, hidden), segments.rows) if needs[0] else None,
             None,
             torch.cat(grad_weights)[segments.rows].to(weights.dtype) if needs[2] and grad_weights else None,
-            *grads,
             None,
+            None,
+            *grads,
         )
 
 
@@ -279,57 +281,3 @@ def _idle(segments: Segments) -> list[int]:
     """Experts without a token, whose gradient is zero."""
     pairs = enumerate(zip(segments.bounds[:-1], segments.bounds[1:], strict=True))
     return [expert for expert, (start, stop) in pairs if stop == start]
-
-
-@dataclass
-class _Expert:
-    """One expert's parameters (gate_up, its bias, down, its bias) and the places of their gradients."""
-
-    parameters: list[torch.Tensor | None]
-    grads: list[torch.Tensor | None]
-
-    def backward(
-        self,
-        x: torch.Tensor,
-        grad_out: torch.Tensor,
-        weights: torch.Tensor,
-        pre: torch.Tensor,
-        layout: ExpertsLayout,
-        *,
-        clamp: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill `grads` from one segment; returns the gradients of its inputs `[n, Hd]` and routing weights `[n]`.
-
-        `grad_out [n, Hd]` is the gradient of the tokens' sums. With a = act, r = a @ D + d, the weight's gradient
-        grad_out . r is (grad_out @ D.T) . a + grad_out . d, so r itself is not needed.
-        """
-        gate_up, _, down, down_bias = self.parameters
-        assert gate_up is not None
-        assert down is not None
-        gate, up = pre.chunk(2, dim=-1)
-        half = open_gate(gate, up, layout, clamp=clamp)
-        act = gated(half, layout)
-        down_factor = _right_factor(down, layout, interleaved=False)
-        grad_act = wide(product(grad_out, down_factor.t(), rows=x.shape[0]))
-        grad_weights = (grad_act * act).sum(-1)
-        if down_bias is not None:
-            grad_weights += wide(grad_out @ down_bias)
-        weighted = grad_out * weights[:, None].to(grad_out.dtype)
-        self._store(2, act.to(x.dtype).t(), weighted, layout, interleaved=False)
-        grad_act.mul_(weights[:, None].to(grad_act.dtype))
-        grad_pre = activate_backward(grad_act, half, pre, layout, clamp=clamp)
-        self._store(0, x.t(), grad_pre, layout, interleaved=layout.interleaved)
-        factor = _right_factor(gate_up, layout, interleaved=layout.interleaved)
-        return product(grad_pre, factor.t(), rows=x.shape[0]), grad_weights
-
-    def _store(
-        self, index: int, left: torch.Tensor, right: torch.Tensor, layout: ExpertsLayout, *, interleaved: bool
-    ) -> None:
-        """Gradients of weight number `index`, `left [.., n] @ right [n, ..]`, and of its bias, the sum of `right`."""
-        grad, grad_bias = self.grads[index], self.grads[index + 1]
-        if grad is not None:
-            _store_factor_grad(grad, product(left, right, rows=right.shape[0]), layout, interleaved=interleaved)
-        if grad_bias is not None:
-            total = right.sum(0)
-            half = total.shape[0] // 2
-            grad_bias.copy_(total.view(2, half).t().reshape(-1) if interleaved else total)

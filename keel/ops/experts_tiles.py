@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, busy, check_experts, sort_by_expert, sum_of_rows
 from keel.ops.experts_gate import activate
+from keel.ops.low_rank import add_low_rank_, add_low_rank_batched
 
 TILE_ROWS = 32
 """Rows of a tile of the row-invariant variant. In a product of fixed shape a row's bits do not depend on its place."""
@@ -49,9 +50,11 @@ def _dense_tile(
     num_experts, rows = experts.num_experts, hidden.shape[0]
     first = experts.gate_up if layout.transposed else experts.gate_up.transpose(1, 2)
     second = experts.down if layout.transposed else experts.down.transpose(1, 2)
-    pre = _batched(hidden.expand(num_experts, rows, -1), first, experts.gate_up_bias)
+    x = hidden.expand(num_experts, rows, -1)
+    pre = add_low_rank_batched(_batched(x, first, experts.gate_up_bias), x, experts.gate_up_adapter)
     gate, up = (pre[..., ::2], pre[..., 1::2]) if layout.interleaved else pre.chunk(2, dim=-1)
-    results = _batched(activate(gate, up, layout).to(hidden.dtype), second, experts.down_bias)
+    act = activate(gate, up, layout).to(hidden.dtype)
+    results = add_low_rank_batched(_batched(act, second, experts.down_bias), act, experts.down_adapter)
     place = torch.arange(rows, device=hidden.device)[:, None]
     return sum_of_rows(results.flatten(0, 1), chosen * rows + place, weights)
 
@@ -79,6 +82,9 @@ def _one_expert(x: torch.Tensor, expert: int, experts: ExpertsWeights, layout: E
     first = experts.gate_up[expert] if layout.transposed else experts.gate_up[expert].t()
     second = experts.down[expert] if layout.transposed else experts.down[expert].t()
     pre = x @ first if experts.gate_up_bias is None else torch.addmm(experts.gate_up_bias[expert], x, first)
+    add_low_rank_(pre, x, experts.gate_up_adapter[expert] if experts.gate_up_adapter else None)
     gate, up = (pre[..., ::2], pre[..., 1::2]) if layout.interleaved else pre.chunk(2, dim=-1)
     act = activate(gate, up, layout).to(x.dtype)
-    return act @ second if experts.down_bias is None else torch.addmm(experts.down_bias[expert], act, second)
+    result = act @ second if experts.down_bias is None else torch.addmm(experts.down_bias[expert], act, second)
+    add_low_rank_(result, act, experts.down_adapter[expert] if experts.down_adapter else None)
+    return result
