@@ -105,9 +105,15 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     """The parts of `config`, closed again in the end whatever happens. `env` stands in for the config's `[env]`."""
     factory = prepare(config, env)
     model = starting_model(config, factory, run.paths.root)
+    run.note_environment(threads=torch.get_num_threads(), device=describe_device(resolve_device(config.device)))
+    with assemble(config, factory, model) as parts:
+        yield parts
+
+
+@contextmanager
+def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> Iterator[Parts]:
+    """The parts of `config` around the model of `model.path`, without a run directory; closed again in the end."""
     chat = make_chat(config.chat, load_tokenizer(model.path, revision=model.revision))
-    device = resolve_device(config.device)
-    run.note_environment(threads=torch.get_num_threads(), device=describe_device(device))
     with ExitStack() as stack:
         learner = make_learner(config, model)
         stack.callback(learner.close)
