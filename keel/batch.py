@@ -105,6 +105,7 @@ class PackedBatch:
     num_groups: int
     trajectory_ids: tuple[str, ...]  # [N] "<group id>/<attempt>"
     metrics: Mapping[str, float] = field(default_factory=dict)
+    rejected: torch.Tensor | None = None  # [N] bool, trajectories that a correction left out whole
 
     @property
     def num_updates(self) -> int:

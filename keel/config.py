@@ -6,10 +6,11 @@ line are in `keel.config_load`; this module is import-light (standard library an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from keel.types import UserFault
 
@@ -38,6 +39,17 @@ class Plugin(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+def _as_tuple(value: Any) -> Any:
+    """One plug-in stands for a list of one."""
+    if isinstance(value, (str, Mapping, Plugin)):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Plugins = Annotated[tuple[Plugin, ...], BeforeValidator(_as_tuple)]
+"""Plug-ins one after the other: `"a"`, `{ id = "a", x = 1 }` or `["a", { id = "b" }]`."""
 
 
 class TinyConfig(Section):
@@ -125,7 +137,12 @@ class KLConfig(Section):
 class AlgoConfig(Section):
     advantage: Plugin = Field(Plugin(id="group_mean"), description="rewards [G] -> advantages [G]")
     loss: Plugin = Field(Plugin(id="ppo_clip"), description="per-token policy loss")
-    correction: Plugin = Field(Plugin(id="none"), description="importance weights against the engine's log-probs")
+    correction: Plugins = Field(
+        (), description="importance weights and rejections against the engine's log-probs, one or several in order"
+    )
+    rejected_in_baseline: bool = Field(
+        False, description="compare with attempts that a correction left out whole; off: they leave before statistics"
+    )
     kl: KLConfig = Field(default_factory=KLConfig, description="penalty to a frozen reference")
     entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     updates_per_batch: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")

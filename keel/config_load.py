@@ -188,7 +188,7 @@ def _set_value(text: str) -> Any:
 
 def _is_plugin(path: config_schema.Path) -> bool:
     field = config_schema.field_at(path)
-    return field is not None and field.annotation is Plugin
+    return field is not None and field.annotation in (Plugin, tuple[Plugin, ...])
 
 
 def _with_plugin_ids(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,6 +199,7 @@ def _with_plugin_ids(data: Mapping[str, Any]) -> dict[str, Any]:
     defaults = TrainConfig().algo
     filled = dict(algo)
     for name, value in algo.items():
-        if _is_plugin(("algo", name)) and isinstance(value, Mapping) and "id" not in value:
-            filled[name] = {**value, "id": getattr(defaults, name).id}
+        default = getattr(defaults, name, None)
+        if isinstance(default, Plugin) and isinstance(value, Mapping) and "id" not in value:
+            filled[name] = {**value, "id": default.id}
     return {**data, "algo": filled}

@@ -31,8 +31,9 @@ def check_plugins(config: TrainConfig, where: Where) -> list[Problem]:
     """Every fault of the plug-ins in `config`; empty sections (an environment given as an object) are left alone."""
     problems = []
     for name, room in ALGO_ROOMS.items():
-        plugin = getattr(config.algo, name)
-        problems += _check(plugin.id, room, plugin.options, ("algo", name), ("algo", name, "id"), where)
+        given = getattr(config.algo, name)
+        for plugin in given if isinstance(given, tuple) else (given,):
+            problems += _check(plugin.id, room, plugin.options, ("algo", name), ("algo", name, "id"), where)
     if config.env.id:
         problems += _check(config.env.id, ENV_ROOM, config.env.options, ("env", "options"), ("env", "id"), where)
     if config.engine.id != "embedded":

@@ -103,6 +103,8 @@ def type_words(kind: Any) -> str:
     origin = get_origin(kind)
     if origin is Literal:
         return "one of " + ", ".join(toml_value(value) for value in get_args(kind))
+    if kind == tuple[Plugin, ...]:
+        return f"{type_words(Plugin)}, or a list of them"
     if origin in (tuple, list):
         return f"a list, each {type_words(get_args(kind)[0])}"
     if origin in (Union, types.UnionType):

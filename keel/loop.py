@@ -13,6 +13,7 @@ from keel.build import EnvSource, Parts, build, with_absolute_model
 from keel.config import AlgoConfig, Stage, TrainConfig
 from keel.evaluation import evaluate
 from keel.learner.base import LearnerLike, Update
+from keel.learner.gradient import bound_corrections
 from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog, RunSummary, completed_run
 from keel.records import write_records
@@ -126,15 +127,16 @@ def measure(config: TrainConfig, run: RunLog, parts: Parts, name: str) -> None:
 
 
 def corrected(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
-    """Importance weights against the engine's log-probs, as `algo.correction` says."""
-    function = plugins.resolve(algo.correction.id, "keel.algo.correction")
-    return correct(batch, function, algo.correction.options)
+    """Importance weights against the engine's log-probs, and rejections, as `algo.correction` says."""
+    return correct(batch, bound_corrections(algo))
 
 
 def with_advantages(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
     """Advantages of what the correction left."""
     function = plugins.resolve(algo.advantage.id, "keel.algo.advantage")
-    return add_advantages(batch, function, algo.advantage.options)
+    return add_advantages(
+        batch, function, algo.advantage.options, rejected_in_baseline=algo.rejected_in_baseline
+    )
 
 
 def due(done: int, every: int) -> bool:

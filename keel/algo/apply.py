@@ -5,13 +5,14 @@ Order matters: `correct` first, so that what it leaves out is not in any group's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from keel.algo.correction import Correction, CorrectionInputs, is_token_local
+from keel.algo.correction.base import BoundCorrection, Correction, CorrectionInputs, compose, is_token_local
+from keel.algo.diagnostics import correction_summary, correction_sums
 from keel.algo.reduce import masked_sum
 from keel.batch import MicroBatch, PackedBatch
 
@@ -19,19 +20,27 @@ __all__ = ["add_advantages", "correct"]
 
 
 def add_advantages(
-    batch: PackedBatch, advantage: Callable[..., torch.Tensor], options: Mapping[str, Any]
+    batch: PackedBatch,
+    advantage: Callable[..., torch.Tensor],
+    options: Mapping[str, Any],
+    *,
+    rejected_in_baseline: bool = False,
 ) -> PackedBatch:
     """Give every loss token the advantage of its trajectory, compared within its group.
 
-    Failed attempts are not in the batch and so in no statistic. Metrics: `advantage/zero_share` (share of groups whose
-    attempts are all alike: no signal), `advantage/groups`. Raises ValueError if the function changes the shape or
-    returns a non-finite value.
+    Failed attempts are not in the batch and so in no statistic; nor, unless `rejected_in_baseline`, are trajectories
+    that a correction left out whole: the others of their group are compared with what they are trained beside.
+    Metrics: `advantage/zero_share` (share of groups whose attempts are all alike: no signal), `advantage/groups`.
+    Raises ValueError if the function changes the shape or returns a non-finite value.
     """
     per_trajectory = torch.zeros_like(batch.rewards, dtype=torch.float32)
-    present = batch.trajectory_to_group.unique()
+    counted = torch.ones_like(batch.trajectory_to_group, dtype=torch.bool)
+    if batch.rejected is not None and not rejected_in_baseline:
+        counted = ~batch.rejected
+    present = batch.trajectory_to_group[counted].unique()
     flat = 0
     for group in present:
-        members = (batch.trajectory_to_group == group).nonzero().squeeze(1)
+        members = ((batch.trajectory_to_group == group) & counted).nonzero().squeeze(1)
         rewards = batch.rewards[members]
         advantages = advantage(rewards, **options)
         if advantages.shape != rewards.shape or not bool(torch.isfinite(advantages).all()):
@@ -51,29 +60,80 @@ def _with_advantages(micro_batch: MicroBatch, per_trajectory: torch.Tensor) -> M
     return replace(micro_batch, advantages=torch.where(micro_batch.loss_mask, rows, torch.zeros_like(rows)))
 
 
-def correct(batch: PackedBatch, correction: Callable[..., Correction], options: Mapping[str, Any]) -> PackedBatch:
-    """Fill `importance_weights` from `old_logprobs` and `rollout_logprobs`; metrics `correction/*`.
+def correct(batch: PackedBatch, corrections: Sequence[BoundCorrection]) -> PackedBatch:
+    """Fill `importance_weights` and take rejected tokens out of the loss masks, so out of the denominators too.
 
-    A batch that was not scored (one update per batch) comes back as it is if the correction is token-local: the
-    learner then makes the weights inside the loss. Raises ValueError if it is not, or if the batch was scored but
-    nobody recorded what the engine thought of its tokens.
+    All rows of the batch are judged together, because a trajectory's segments may lie in several micro-batches. A
+    batch that was not scored (one update per batch) comes back as it is if all corrections are token-local: the learner
+    then makes the weights inside the loss. Metrics `correction/*`. That nothing is left of a group, or of the batch, is
+    an outcome and no error: `correction/empty_groups` counts it, and an update without loss tokens changes nothing.
+    Raises ValueError if the batch must be scored first.
     """
-    if batch.is_empty or not batch.micro_batches:
+    if batch.is_empty or not batch.micro_batches or not corrections:
         return batch
     if batch.micro_batches[0].old_logprobs is None:
-        if is_token_local(correction):
+        if all(is_token_local(function) for function, _ in corrections):
             return batch
         raise ValueError("this correction needs old_logprobs of the whole batch: call the learner's score before it")
-    totals: dict[str, torch.Tensor] = {}
-    corrected = []
-    for micro_batch in batch.micro_batches:
-        result = correction(correction_inputs(micro_batch), **options)
-        corrected.append(replace(micro_batch, importance_weights=result.weights))
-        for name, values in result.metrics.items():
-            total = masked_sum(values, micro_batch.loss_mask)
-            totals[name] = totals[name] + total if name in totals else total
-    metrics = {f"correction/{name}": float(total) / batch.num_loss_tokens for name, total in totals.items()}
-    return batch.with_micro_batches(corrected, metrics)
+    inputs = _joined([correction_inputs(micro_batch) for micro_batch in batch.micro_batches])
+    result = compose(corrections, inputs)
+    masks = inputs.loss_mask if result.keep is None else inputs.loss_mask & result.keep
+    sizes = [micro_batch.num_tokens for micro_batch in batch.micro_batches]
+    weights = [None] * len(sizes) if result.weights is None else result.weights.split(sizes)
+    corrected = [
+        replace(micro_batch, loss_mask=mask, importance_weights=own)
+        for micro_batch, mask, own in zip(batch.micro_batches, masks.split(sizes), weights, strict=True)
+    ]
+    rejected = _rejected(inputs, masks, batch)
+    metrics = {**_correction_metrics(inputs, result, masks), **_left(batch, rejected)}
+    return replace(batch.with_micro_batches(corrected, metrics), rejected=rejected)
+
+
+def _rejected(inputs: CorrectionInputs, masks: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """[N] bool: trajectories that had loss tokens and have none left."""
+    assert inputs.trajectory is not None
+    had, has = (torch.zeros_like(batch.rewards, dtype=torch.bool) for _ in range(2))
+    had[inputs.trajectory[inputs.loss_mask].cpu()] = True
+    has[inputs.trajectory[masks].cpu()] = True
+    return had & ~has
+
+
+def _left(batch: PackedBatch, rejected: torch.Tensor) -> dict[str, float]:
+    """What whole-trajectory rejection cost: shares of trajectories, of groups, and of those better than their group."""
+    if not bool(rejected.any()):
+        return {
+            "correction/rejected_share": 0.0,
+            "correction/rejected_better_share": 0.0,
+            "correction/empty_groups": 0.0,
+        }
+    sums = torch.zeros(batch.num_groups).index_add(0, batch.trajectory_to_group, batch.rewards)
+    sizes = torch.zeros(batch.num_groups).index_add(0, batch.trajectory_to_group, torch.ones_like(batch.rewards))
+    better = batch.rewards > (sums / sizes.clamp(min=1))[batch.trajectory_to_group]
+    present = batch.trajectory_to_group.unique()
+    left = batch.trajectory_to_group[~rejected].unique()
+    return {
+        "correction/rejected_share": float(rejected.float().mean()),
+        "correction/rejected_better_share": float((rejected & better).sum() / better.sum().clamp(min=1)),
+        "correction/empty_groups": float(len(present) - len(left)),
+    }
+
+
+def _correction_metrics(inputs: CorrectionInputs, result: Correction, masks: torch.Tensor) -> dict[str, float]:
+    tokens = float(inputs.loss_mask.sum())
+    own = {f"correction/{name}": masked_sum(values, inputs.loss_mask) for name, values in result.metrics.items()}
+    sums = {name: float(total) for name, total in correction_sums(inputs, result.weights, masks).items()}
+    return {**{name: float(total) / tokens for name, total in own.items()}, **correction_summary(sums)}
+
+
+def _joined(parts: Sequence[CorrectionInputs]) -> CorrectionInputs:
+    """The rows of all micro-batches end to end."""
+    streams = {
+        name: [getattr(part, name) for part in parts] for name in ("old_logprobs", "rollout_logprobs", "loss_mask")
+    }
+    trajectories = [part.trajectory for part in parts if part.trajectory is not None]
+    return CorrectionInputs(
+        **{name: torch.cat(stream) for name, stream in streams.items()}, trajectory=torch.cat(trajectories)
+    )
 
 
 def correction_inputs(micro_batch: MicroBatch, old_logprobs: torch.Tensor | None = None) -> CorrectionInputs:
@@ -87,4 +147,4 @@ def correction_inputs(micro_batch: MicroBatch, old_logprobs: torch.Tensor | None
     rollout = micro_batch.rollout_logprobs
     drawn = micro_batch.policy_version >= 0
     rollout = old if rollout is None else torch.where(drawn, rollout.to(old.dtype), old)
-    return CorrectionInputs(old.detach(), rollout.detach(), micro_batch.loss_mask)
+    return CorrectionInputs(old.detach(), rollout.detach(), micro_batch.loss_mask, micro_batch.row_to_trajectory)

@@ -10,7 +10,8 @@ import torch
 from keel import plugins
 from keel.algo import kl
 from keel.algo.apply import correction_inputs
-from keel.algo.correction import is_token_local
+from keel.algo.correction.base import BoundCorrection, compose, is_token_local
+from keel.algo.diagnostics import correction_summary, correction_sums
 from keel.algo.losses import LossInputs
 from keel.algo.reduce import masked_sum, reduce_loss
 from keel.batch import MicroBatch
@@ -27,15 +28,14 @@ class Objective:
         """Raises PluginError for a plug-in that does not exist or options it does not take."""
         self.algo = algo
         self._loss: Callable[..., Any] = plugins.resolve(algo.loss.id, "keel.algo.losses")
-        self._correction: Callable[..., Any] = plugins.resolve(algo.correction.id, "keel.algo.correction")
+        self._corrections = bound_corrections(algo)
         plugins.check_options(self._loss, algo.loss.options, f"loss {algo.loss.id!r}")
-        plugins.check_options(self._correction, algo.correction.options, f"correction {algo.correction.id!r}")
         self._kl: Callable[..., torch.Tensor] = getattr(kl, algo.kl.estimator)
 
     @property
     def needs_old_logprobs(self) -> bool:
         """With one update and a token-local correction, the detached log-probs are the old ones."""
-        return self.algo.updates_per_batch > 1 or not is_token_local(self._correction)
+        return self.algo.updates_per_batch > 1 or not all(is_token_local(each) for each, _ in self._corrections)
 
     @property
     def needs_reference(self) -> bool:
@@ -116,11 +116,28 @@ class Objective:
         """Importance weights: the batch's own, or, if it was not scored, made here token by token."""
         if micro_batch.old_logprobs is not None:
             return micro_batch.importance_weights
-        result = self._correction(correction_inputs(micro_batch, old), **self.algo.correction.options)
+        if not self._corrections:
+            return None
+        inputs = correction_inputs(micro_batch, old)
+        result = compose(self._corrections, inputs)
         for name, values in result.metrics.items():
             stats.add_total(f"correction/{name}", masked_sum(values, micro_batch.loss_mask))
-        weights: torch.Tensor | None = result.weights
-        return weights
+        for name, total in correction_sums(inputs, result.weights, micro_batch.loss_mask).items():
+            stats.add_total(f"corrected/{name}", total)
+        return result.weights
+
+
+def bound_corrections(algo: AlgoConfig) -> tuple[BoundCorrection, ...]:
+    """The functions of `algo.correction` with their options, in order.
+
+    Raises PluginError for one that does not exist or options it does not take.
+    """
+    found = []
+    for plugin in algo.correction:
+        function = plugins.resolve(plugin.id, "keel.algo.correction")
+        plugins.check_options(function, plugin.options, f"correction {plugin.id!r}")
+        found.append((function, plugin.options))
+    return tuple(found)
 
 
 def update_metrics(
@@ -144,4 +161,7 @@ def update_metrics(
             metrics[f"policy/{name.removeprefix('loss/')}"] = total / tokens
         elif name.startswith("correction/"):
             metrics[name] = total / tokens
+    weighed = {name.removeprefix("corrected/"): total for name, total in sums.items() if name.startswith("corrected/")}
+    if weighed:
+        metrics |= correction_summary(weighed)
     return {**metrics, **mismatch_metrics(sums, maxima)}

@@ -24,7 +24,7 @@ from keel.sync.base import WeightSource
 from keel.types import Verdict
 
 ALGO = AlgoConfig(
-    kl=KLConfig(coefficient=0.1), entropy_coefficient=0.01, correction=Plugin(id="token_truncated"), updates_per_batch=2
+    kl=KLConfig(coefficient=0.1), entropy_coefficient=0.01, correction=(Plugin(id="token_truncated"),), updates_per_batch=2
 )
 # Adam moves an element whose gradient is itself rounding noise by the whole learning rate; a larger epsilon stops that,
 # so that what is compared is the sharding.

@@ -17,7 +17,7 @@ from keel.learner.learner import Learner
 PRESETS = ("gpt_oss", "qwen3", "qwen3_moe")
 CAP = 1.5
 ALGO = AlgoConfig(
-    correction=Plugin(id="token_truncated", cap=CAP), kl=KLConfig(coefficient=0.3), entropy_coefficient=0.05
+    correction=(Plugin(id="token_truncated", cap=CAP),), kl=KLConfig(coefficient=0.3), entropy_coefficient=0.05
 )
 
 

@@ -183,10 +183,10 @@ def test_weights_made_in_the_loss_are_those_of_a_scored_batch(tiny_checkpoint, m
     from keel.algo.correction import token_truncated
 
     correction = Plugin(id="token_truncated", cap=1.5)
-    learner = make_learner(tiny_checkpoint, "gpt_oss", correction=correction)
+    learner = make_learner(tiny_checkpoint, "gpt_oss", correction=(correction,))
     batch = make_batch(make_groups)
     detached = learner.backward(batch)
-    scored = correct(learner._scored(batch, "old_logprobs"), token_truncated, {"cap": 1.5})
+    scored = correct(learner._scored(batch, "old_logprobs"), [(token_truncated, {"cap": 1.5})])
     again = learner.backward(scored)
     assert detached.grad_norm == again.grad_norm
     assert detached.loss == again.loss

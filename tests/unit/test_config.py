@@ -42,7 +42,7 @@ def test_a_plugin_can_be_a_bare_name():
         {"algo": {"loss": "reinforce", "correction": {"id": "token_truncated", "cap": 3.0}}}
     )
     assert config.algo.loss == Plugin(id="reinforce")
-    assert config.algo.correction.options == {"cap": 3.0}
+    assert config.algo.correction[0].options == {"cap": 3.0}
 
 
 IMPOSSIBLE = [

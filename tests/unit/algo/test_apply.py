@@ -10,7 +10,8 @@ import torch
 
 from keel.algo import advantage
 from keel.algo.apply import add_advantages, correct, correction_inputs
-from keel.algo.correction import Correction, CorrectionInputs, is_token_local, none, token_truncated
+from keel.algo.correction import none, token_truncated
+from keel.algo.correction.base import Correction, CorrectionInputs, is_token_local
 from keel.algo.reduce import masked_max, masked_sum, reduce_loss
 from keel.batch import pack
 from keel.types import Group
@@ -35,30 +36,30 @@ def test_token_truncated_by_hand():
 
 def test_correct_fills_weights_and_says_how_many_were_cut(make_groups):
     batch = scored(pack(make_groups(), max_tokens=120), math.log(3.0))
-    corrected = correct(batch, token_truncated, {"cap": 2.5})
+    corrected = correct(batch, [(token_truncated, {"cap": 2.5})])
     for m in corrected.micro_batches:
         drawn = m.policy_version >= 0
         assert m.importance_weights[drawn].tolist() == [2.5] * int(drawn.sum())
         assert m.importance_weights[~drawn].tolist() == [1.0] * int((~drawn).sum())
     assert corrected.metrics["correction/truncated_share"] == pytest.approx(1.0)
     assert corrected.metrics["correction/weight_mean"] == pytest.approx(2.5)
-    assert all(m.importance_weights is None for m in correct(batch, none, {}).micro_batches)
+    assert all(m.importance_weights is None for m in correct(batch, [(none, {})]).micro_batches)
 
 
 def test_an_unscored_batch_waits_for_the_loss_or_is_refused(make_groups):
     batch = pack(make_groups(), max_tokens=120)
     assert is_token_local(token_truncated)
-    assert correct(batch, token_truncated, {}) is batch
+    assert correct(batch, [(token_truncated, {})]) is batch
 
     def whole_batch(inputs):
         return Correction()
 
     assert not is_token_local(whole_batch)
     with pytest.raises(ValueError, match="score"):
-        correct(batch, whole_batch, {})
+        correct(batch, [(whole_batch, {})])
     with pytest.raises(ValueError, match="old_logprobs"):
         correction_inputs(batch.micro_batches[0])
-    assert correct(pack([], max_tokens=9), whole_batch, {}).is_empty
+    assert correct(pack([], max_tokens=9), [(whole_batch, {})]).is_empty
 
 
 def test_advantages_reach_the_tokens_of_their_trajectory_only(make_groups):
