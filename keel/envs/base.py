@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from keel.chat.base import Reply
-from keel.types import Message, Task, ToolSpec
+from keel.rewards.base import Score
+from keel.types import Message, Task, ToolSpec, Trajectory
 
 Split = Literal["train", "eval"]
 
@@ -77,6 +78,10 @@ class Env:
     def step(self, reply: Reply) -> Step | Awaitable[Step]:
         """Answer the agent's reply (which may be malformed)."""
         raise NotImplementedError(f"{type(self).__name__} needs a method step(self, reply)")
+
+    def judge(self, trajectory: Trajectory, task: Task) -> Score | Awaitable[Score]:  # noqa: ARG002
+        """Score a finished episode as a whole, a truncated one too; added to what `step` gave."""
+        return Score(0.0)
 
     def demonstrations(self, count: int, *, seed: int, start: int) -> Sequence[Demonstration]:
         """Demonstrations number `start` to `start + count - 1` of the endless sequence that `seed` gives.

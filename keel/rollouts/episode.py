@@ -24,7 +24,7 @@ from keel.engines.base import Engine, EngineError, GenerateRequest, GenerateResu
 from keel.envs.base import Env, Step
 from keel.envs.calls import call_with_timeout
 from keel.envs.threads import CallTimeoutError, HangingCallsError
-from keel.rewards.base import Reward
+from keel.rewards.base import Reward, RewardError, Score
 from keel.rollouts.tokens import TokenRecord
 from keel.types import Message, SamplingSettings, Task, ToolSpec, Trajectory, TrajectoryStatus, Turn
 
@@ -85,7 +85,10 @@ async def run_episode(
     finally:
         with contextlib.suppress(EngineError):  # an engine that is gone has no session, and the outcome stands
             await engine.end_session(attempt.name)
-    return episode.trajectory()
+    trajectory = episode.trajectory()
+    if type(env).judge is Env.judge:
+        return trajectory
+    return await add_reward(trajectory, env.judge, timeout_s=settings.step_timeout_s)
 
 
 def failed_attempt(attempt: Attempt, status: TrajectoryStatus, error: str) -> Trajectory:
@@ -103,12 +106,16 @@ async def add_reward(trajectory: Trajectory, reward: Reward, *, timeout_s: float
     name = getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)
     try:
         value = await _ask(name, reward, trajectory, trajectory.task, timeout_s=timeout_s)
-        if not _is_finite(value):
-            _refuse(f"{name}() returns a finite number; got {_short(value)}")
+        score = value if isinstance(value, Score) else Score(value, {name: value})
+        for part, number in {name: score.reward, **score.parts}.items():
+            if not _is_finite(number):
+                _refuse(f"{part}() returns a finite number; got {_short(number)}")
     except _EndedError as end:
         return replace(trajectory, status=end.status, error=end.error)
-    parts = {**trajectory.reward_parts, name: float(value)}
-    return replace(trajectory, reward=trajectory.reward + float(value), reward_parts=parts)
+    parts = {**trajectory.reward_parts, **{part: float(number) for part, number in score.parts.items()}}
+    total = trajectory.reward + float(score.reward)
+    success = trajectory.success if score.success is None else bool(score.success)
+    return replace(trajectory, reward=total, reward_parts=parts, success=success)
 
 
 class _Episode:
@@ -259,6 +266,8 @@ async def _ask(what: str, function: Callable[..., Any], *arguments: Any, timeout
         raise _EndedError("env_timeout", f"{what}(): {error}") from error
     except HangingCallsError:
         raise
+    except RewardError as error:  # tells all there is to tell
+        raise _EndedError("env_error", str(error)) from error
     except Exception as error:
         raise _EndedError("env_error", f"{what}() raised {told(error)}") from error
 
