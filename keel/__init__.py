@@ -9,12 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keel.api import resume, train
     from keel.chat.base import Reply
     from keel.config import TrainConfig
     from keel.config_load import load as load_config
     from keel.envs.base import Env, Step
+    from keel.envs.task_env import task_env
     from keel.envs.tools import tool
     from keel.monitor.runlog import RunSummary
+    from keel.runs import Run, StepRecord, load_record, load_run
     from keel.types import Group, Message, Task, ToolSpec, Trajectory
 
 __version__ = "0.1.0"
@@ -24,15 +27,22 @@ __all__ = [
     "Group",
     "Message",
     "Reply",
+    "Run",
     "RunSummary",
     "Step",
+    "StepRecord",
     "Task",
     "ToolSpec",
     "TrainConfig",
     "Trajectory",
     "__version__",
     "load_config",
+    "load_record",
+    "load_run",
+    "resume",
+    "task_env",
     "tool",
+    "train",
 ]
 
 _HOMES = {
@@ -40,14 +50,21 @@ _HOMES = {
     "Group": "keel.types:Group",
     "Message": "keel.types:Message",
     "Reply": "keel.chat.base:Reply",
+    "Run": "keel.runs:Run",
     "RunSummary": "keel.monitor.runlog:RunSummary",
     "Step": "keel.envs.base:Step",
+    "StepRecord": "keel.runs:StepRecord",
     "Task": "keel.types:Task",
     "ToolSpec": "keel.types:ToolSpec",
     "TrainConfig": "keel.config:TrainConfig",
     "Trajectory": "keel.types:Trajectory",
     "load_config": "keel.config_load:load",
+    "load_record": "keel.runs:load_record",
+    "load_run": "keel.runs:load_run",
+    "resume": "keel.api:resume",
+    "task_env": "keel.envs.task_env:task_env",
     "tool": "keel.envs.tools:tool",
+    "train": "keel.api:train",
 }
 
 

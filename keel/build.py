@@ -36,6 +36,7 @@ from keel.rewards.base import Reward
 from keel.rollouts.collector import Collector
 from keel.rollouts.demonstrate import DemonstrationSource
 from keel.rollouts.loop_thread import LoopThread
+from keel.sources import save_sources
 from keel.sync.publish import publish
 from keel.tiny_start import build_tiny_start, named_demonstrations
 from keel.types import Group
@@ -105,6 +106,7 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     """The parts of `config`, closed again in the end whatever happens. `env` stands in for the config's `[env]`."""
     factory = prepare(config, env)
     model = starting_model(config, factory, run.paths.root)
+    save_sources(config, run.paths.root / "sources")
     run.note_environment(threads=torch.get_num_threads(), device=describe_device(resolve_device(config.device)))
     with assemble(config, factory, model) as parts:
         yield parts

@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from keel import config_schema
 from keel.config import Plugin, TrainConfig
 from keel.config_lines import find_lines
 from keel.config_plugins import check_plugins
-from keel.config_problems import ConfigError, Problem, problems_of
+from keel.config_problems import ConfigError, Problem, Where, problems_of
 
 Sets = Sequence[str]
 
@@ -31,7 +31,7 @@ def load(path: str | Path | None = None, sets: Sets = ()) -> TrainConfig:
     Raises ConfigError with every fault found.
     """
     source = str(path) if path is not None else "defaults"
-    text = _read(Path(path)) if path is not None else ""
+    text = read_text(Path(path)) if path is not None else ""
     return parse(text, source, sets)
 
 
@@ -40,6 +40,15 @@ def parse(text: str, source: str = "config", sets: Sets = (), *, resolve_plugins
 
     Without `resolve_plugins` no plug-in is imported or checked: for a config that is read, not run.
     """
+    config, where = parse_located(text, source, sets)
+    problems = check_plugins(config, where) if resolve_plugins else []
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def parse_located(text: str, source: str, sets: Sets = ()) -> tuple[TrainConfig, Where]:
+    """The config of TOML text, its plug-ins unchecked, and what tells where in it an option was given."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -62,14 +71,10 @@ def parse(text: str, source: str = "config", sets: Sets = (), *, resolve_plugins
                 return f"{source}:{lines[option[:length]]}"
         return next((origins[path] for path in origins if path[: len(option)] == option), source)
 
-    config = validate(data, where)
-    problems = check_plugins(config, where) if resolve_plugins else []
-    if problems:
-        raise ConfigError(problems)
-    return config
+    return validate(data, where), where
 
 
-def validate(data: Mapping[str, Any], where: Callable[[config_schema.Path], str]) -> TrainConfig:
+def validate(data: Mapping[str, Any], where: Where) -> TrainConfig:
     """Check types, names and combinations, strictly: a string is never taken for a number."""
     dates = [
         Problem(where(path), f"{'.'.join(path)} is a date", str(value), "no option takes dates; put it in quotes")
@@ -136,7 +141,8 @@ def _values(value: Any, path: config_schema.Path = ()) -> Iterator[tuple[config_
         yield path, value
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a config file. Raises ConfigError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -56,7 +56,8 @@ def completed_run(run_dir: Path) -> RunSummary | None:
     if not paths.status.exists() or read_json(paths.status)["state"] != "completed":
         return None
     written = read_json(paths.summary)
-    if written["steps"] < config_load.load(paths.config).steps:
+    config = config_load.parse(config_load.read_text(paths.config), str(paths.config), resolve_plugins=False)
+    if written["steps"] < config.steps:
         return None  # given more steps since
     reason = "it was complete before; nothing was done"
     known = ("steps", "eval", "alarms", "seconds")
