@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keel.monitor.printable import one_line, printable
+from keel.secrecy import scrubbed
 
 Metrics = Mapping[str, float | int | None]
 Clock = Callable[[], float]
@@ -130,7 +131,7 @@ class LineDisplay:
         self._out.flush()
 
     def _write(self, text: str) -> None:
-        self._out.write(printable(text, limit=NOTE_LIMIT) + "\n")
+        self._out.write(printable(scrubbed(text), limit=NOTE_LIMIT) + "\n")
         self._out.flush()
 
 
@@ -162,7 +163,7 @@ class LiveDisplay:
         self._live.update(self.render())
 
     def note(self, text: str) -> None:
-        self._notes = [*self._notes, printable(text, limit=NOTE_LIMIT)][-NOTES_SHOWN:]
+        self._notes = [*self._notes, printable(scrubbed(text), limit=NOTE_LIMIT)][-NOTES_SHOWN:]
         self._live.update(self.render())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Files that survive a kill: JSON replaced whole, JSON lines appended and synced.
+"""Files that survive a kill: JSON replaced whole, JSON lines appended and synced. Secrets are taken out of all of it.
 
 A line of metrics.jsonl is complete if it ends in a newline. A kill may leave a torn last line; readers leave it out
 and `truncate_rows` cuts it off.
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keel.secrecy import scrubbed, scrubbed_values
 from keel.types import UserFault
 
 SCHEMA_VERSION = 1
@@ -36,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old or the new text, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(scrubbed(text))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -45,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace `path` by `value` and the schema version."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=2, allow_nan=False)
+    text = json.dumps(scrubbed_values({"schema_version": SCHEMA_VERSION, **value}), indent=2, allow_nan=False)
     write_text(path, text + "\n")
 
 
@@ -80,7 +81,7 @@ def plain_numbers(metrics: Mapping[str, float | int | None]) -> dict[str, Any]:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one line and wait until it is on disk."""
-    line = json.dumps({"schema_version": SCHEMA_VERSION, **row}, allow_nan=False) + "\n"
+    line = json.dumps(scrubbed_values({"schema_version": SCHEMA_VERSION, **row}), allow_nan=False) + "\n"
     with path.open("a", encoding="utf-8") as file:
         file.write(line)
         file.flush()

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
+from keel.secrecy import scrubbed_values
 from keel.types import Fault, Message, Routes, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
 
 SCHEMA_VERSION = 1
@@ -49,9 +50,11 @@ def read_step_record(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 def write_trajectories(path: Path, trajectories: Iterable[Trajectory], *, with_tokens: bool = False) -> None:
-    """Write trajectories, one JSON object a line."""
-    lines = [json.dumps(trajectory_to_json(t, with_tokens=with_tokens), ensure_ascii=False) for t in trajectories]
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    """Write trajectories, one JSON object a line; keys and passwords that turn up in their texts are taken out."""
+    values = scrubbed_values([trajectory_to_json(t, with_tokens=with_tokens) for t in trajectories])
+    lines = (json.dumps(value, ensure_ascii=False) for value in values)
+    # Half of a surrogate pair is no UTF-8; as an escape it is JSON.
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
 def read_trajectories(path: Path) -> list[Trajectory]:
