@@ -75,8 +75,7 @@ def explain(model: torch.nn.Module) -> AttentionReport:
 
 def _explain_layer(name: str, module: torch.nn.Module) -> LayerAttention:
     implementation = str(getattr(getattr(module, "config", None), "_attn_implementation", "eager"))
-    device = next(module.parameters()).device
-    backend, reason, sinks = _backend(implementation, device)
+    backend, reason, sinks = _backend(implementation, next(module.parameters()))
     window = getattr(module, "sliding_window", None)
     return LayerAttention(
         name=name,
@@ -89,13 +88,13 @@ def _explain_layer(name: str, module: torch.nn.Module) -> LayerAttention:
     )
 
 
-def _backend(implementation: str, device: torch.device) -> tuple[str, str, SinkUse]:
-    """(backend, reason, what becomes of sinks) of an implementation's name on a device."""
+def _backend(implementation: str, weight: torch.Tensor) -> tuple[str, str, SinkUse]:
+    """(backend, reason, what becomes of sinks) of an implementation's name for weights such as `weight`."""
     from keel.ops.attention import AttentionBackendError, choose_backend
 
     if implementation == "keel":
         try:
-            chosen = choose_backend("auto", device)
+            chosen = choose_backend("auto", weight.device, weight.dtype)
         except AttentionBackendError as error:
             return "none", str(error), "unknown"
         return chosen.name, f"{chosen.reason}; sinks by the exact correction of out and lse", "exact"

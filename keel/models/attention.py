@@ -79,7 +79,8 @@ def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
         return out, None
     if cu_seq_lens_q is not None:
         window = _packed_window(query, key, attention_mask, sliding_window)
-        if cu_seq_lens_k is not None and not torch.equal(cu_seq_lens_k, cu_seq_lens_q):
+        # The same tensor is equal to itself without being read, which off the CPU would wait for it in every layer.
+        if not (cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q or torch.equal(cu_seq_lens_k, cu_seq_lens_q)):
             raise AttentionMaskError("keel attention is self-attention: cu_seq_lens_k must equal cu_seq_lens_q")
         out = sink_attention(
             query[0].transpose(0, 1),

@@ -6,13 +6,12 @@ from keel.ops.attention.decode import attend_cache, attend_cache_part, visible_m
 from keel.ops.attention.function import (
     BACKENDS,
     REFERENCE,
-    AttentionBackendError,
     Backend,
     choose_backend,
     layout_attention,
     sink_attention,
 )
-from keel.ops.attention.layout import Layout, Span, build_layout, packed_layout
+from keel.ops.attention.layout import AttentionBackendError, Layout, Span, build_layout, packed_layout
 from keel.ops.attention.reference import dense_attention
 from keel.ops.attention.sinks import apply_sinks, sinks_gradient
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from keel.ops.attention.function import AttentionBackendError
 from keel.ops.attention.sinks import apply_sinks
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+WIDE_BYTES = 2**28
+"""Off the CPU, at most this much of keys and values is held in float32 at a time."""
 
 
 def visible_mask(
@@ -49,7 +51,7 @@ def attend_cache(
     Row (b, i) stands at `positions` [B, n] and sees cache positions p <= positions[b, i] with positions[b, i] - p <
     window. A negative position sees nothing and gives zeros. `mask` is `visible_mask` of the same positions, capacity,
     window, group and type, made once for all layers. What lies in the cache must be finite (start it with zeros): a
-    weight of zero cannot silence a NaN. Raises ValueError on shapes that do not fit, AttentionBackendError off the CPU.
+    weight of zero cannot silence a NaN. Raises ValueError on shapes that do not fit.
     """
     if mask is None:
         group = q.shape[2] // k_cache.shape[1]
@@ -75,14 +77,36 @@ def attend_cache_part(
             f"attend_cache needs q [B, n, H, D], caches [B, K, capacity, D], H a multiple of K; got q {list(q.shape)}, "
             f"k_cache {list(k_cache.shape)}, v_cache {list(v_cache.shape)}"
         )
-    if q.device.type != "cpu":
-        raise AttentionBackendError(f"attend_cache has a backend for cpu only, the tensors are on {q.device}")
     additive, empty = mask
     group = heads // kv_heads
     # [B, n, K, G, D] -> [B, K, G * n, D]: row g * n + i is query i of the group's head g.
     query = q.view(batch, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
-    out, lse = _kernel(query, k_cache, v_cache, 0.0, False, attn_mask=additive, scale=scale)
+    if q.device.type == "cpu":
+        out, lse = _kernel(query, k_cache, v_cache, 0.0, False, attn_mask=additive, scale=scale)
+    else:
+        out, lse = plain_products(query, k_cache, v_cache, additive, scale)
     out = out.reshape(batch, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, size)
     lse = lse.reshape(batch, kv_heads, group, rows).permute(0, 3, 1, 2).reshape(batch, rows, heads)
     # The kernel says (0, 0) for a row that sees nothing; nothing seen is (0, -inf).
     return out, lse.masked_fill(empty.unsqueeze(-1), float("-inf"))
+
+
+def plain_products(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel does, where there is none: query [B, K, n, D], keys and values [B, K, m, D], mask [B, 1, n, m].
+
+    Scores and sums are made in float32 at least, a few batch elements at a time: as many as the shapes allow, whatever
+    they hold, so an element's bits stay its own. Returns (out [B, K, n, D] in query's type, lse [B, K, n]).
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    element_bytes = 2 * keys[0].numel() * wide.itemsize
+    outs, lses = [], []
+    for part in torch.arange(query.shape[0]).split(max(1, WIDE_BYTES // max(1, element_bytes))):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        scores = query[rows].to(wide) @ keys[rows].to(wide).transpose(-1, -2) * scale + mask[rows].to(wide)
+        lse = torch.logsumexp(scores, -1)
+        weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+        outs.append((weights @ values[rows].to(wide)).to(query.dtype))
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)

@@ -17,12 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from keel.ops.attention import cpu
-from keel.ops.attention.layout import Layout, packed_layout
+from keel.ops.attention import blocks, cpu, cuda
+from keel.ops.attention.layout import AttentionBackendError, Layout, packed_layout
 from keel.ops.attention.reference import dense_attention
 from keel.ops.attention.sinks import apply_sinks, sinks_gradient
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+FULL = (torch.float32, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*FULL, *HALF)
 
 
 class PlainForward(Protocol):
@@ -51,45 +53,62 @@ class PlainBackward(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A kernel pair. `device_type` is where it runs; a backend never hears of sinks."""
+    """A kernel pair, and the types of device and element it takes; a backend never hears of sinks."""
 
     name: str
-    device_type: str
+    device_types: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
     forward: PlainForward
     backward: PlainBackward
     reason: str
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend("cpu", "cpu", cpu.forward, cpu.backward, "torch's stock CPU flash kernel"),
+    "cpu": Backend(
+        "cpu", ("cpu",), (*FULL, torch.bfloat16), cpu.forward, cpu.backward, "torch's stock CPU flash kernel"
+    ),
+    "cuda": Backend("cuda", ("cuda",), HALF, cuda.forward, cuda.backward, "torch's stock CUDA flash kernels"),
+    "blocks": Backend(
+        "blocks",
+        ("cpu", "cuda"),
+        FULL,
+        blocks.forward,
+        blocks.backward,
+        "plain products by blocks of rows: the CUDA flash kernels take bfloat16 and float16 only",
+    ),
 }
 REFERENCE = "reference"
 """The name of the dense float64 twin; it is not a kernel pair and runs on any device."""
 
 
-class AttentionBackendError(RuntimeError):
-    """No backend can do what was asked; nothing else is tried in its place."""
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called `name`, or with "auto" the first that takes tensors of `dtype` on `device`.
 
-
-def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name`, or with "auto" this device's. Raises AttentionBackendError if there is none."""
+    Raises AttentionBackendError if there is none.
+    """
     if name == "auto":
         for backend in BACKENDS.values():
-            if backend.device_type == device.type:
+            if device.type in backend.device_types and dtype in backend.dtypes:
                 return backend
-        available = ", ".join(f"{backend.name!r} (on {backend.device_type})" for backend in BACKENDS.values())
+        available = ", ".join(f"{backend.name!r} ({_takes(backend)})" for backend in BACKENDS.values())
         raise AttentionBackendError(
-            f"sink attention has no backend for tensors on {device}; available: {available}, {REFERENCE!r} (anywhere, "
-            f"quadratic). Move the model to one of these devices, or pass backend={REFERENCE!r}"
+            f"sink attention has no backend for tensors on {device} of {dtype}; available: {available}, {REFERENCE!r} "
+            f"(anywhere, quadratic). Move or cast the model, or pass backend={REFERENCE!r}"
         )
     if name not in BACKENDS:
         known = ", ".join(repr(known) for known in ("auto", *BACKENDS, REFERENCE))
         raise AttentionBackendError(f"unknown attention backend {name!r}; known: {known}")
-    if BACKENDS[name].device_type != device.type:
+    backend = BACKENDS[name]
+    if device.type not in backend.device_types or dtype not in backend.dtypes:
         raise AttentionBackendError(
-            f"attention backend {name!r} runs on {BACKENDS[name].device_type}, the tensors are on {device}; use 'auto'"
+            f"attention backend {name!r} takes {_takes(backend)}, the tensors are {dtype} on {device}; use 'auto'"
         )
-    return BACKENDS[name]
+    return backend
+
+
+def _takes(backend: Backend) -> str:
+    types = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
+    return f"{types} on {' or '.join(backend.device_types)}"
 
 
 class _SinkAttention(torch.autograd.Function):
@@ -162,7 +181,7 @@ def layout_attention(
     _check(q, k, v, layout)
     if backend == REFERENCE:
         return dense_attention(q, k, v, sinks, layout, scale)[0].to(q.dtype)
-    chosen = choose_backend(backend, q.device)
+    chosen = choose_backend(backend, q.device, q.dtype)
     out: torch.Tensor = _SinkAttention.apply(q, k, v, sinks, layout, scale, chosen)  # type: ignore[no-untyped-call]
     return out
 

@@ -29,6 +29,11 @@ MAX_BLOCK = 512
 """Largest: a band's mask holds block * (block + window) elements."""
 UNCUT_ROWS = 128
 """A windowed sequence up to here (or two windows) is one causal piece with a band mask: quicker than several."""
+_KEPT_BOUNDS = "_keel_bounds"
+
+
+class AttentionBackendError(RuntimeError):
+    """No backend can do what was asked; nothing else is tried in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,18 @@ def packed_layout(cu_seqlens: torch.Tensor, window: int | None) -> Layout:
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [S + 1], got shape {tuple(cu_seqlens.shape)}")
-    return _packed_layout(tuple(cu_seqlens.tolist()), window)
+    return _packed_layout(_bounds(cu_seqlens), window)
+
+
+def _bounds(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    """Its values. Off the CPU reading them waits for all work under way, so it is done once, not in every layer."""
+    if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference():  # an inference tensor counts no versions
+        return tuple(cu_seqlens.tolist())
+    kept: tuple[int, tuple[int, ...]] | None = getattr(cu_seqlens, _KEPT_BOUNDS, None)
+    if kept is None or kept[0] != cu_seqlens._version:
+        kept = (cu_seqlens._version, tuple(cu_seqlens.tolist()))
+        setattr(cu_seqlens, _KEPT_BOUNDS, kept)
+    return kept[1]
 
 
 @lru_cache(maxsize=64)

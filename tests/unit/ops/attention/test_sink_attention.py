@@ -174,7 +174,7 @@ def unseen_rows(layout: Layout) -> torch.Tensor:
 def test_a_backend_gives_zero_and_minus_infinity_where_nothing_is_seen(name: str, window: int | None) -> None:
     layout = build_layout(CROSS[name], window, 43, 96)
     q, k, v, sinks = (x.detach() for x in inputs(43, 96))
-    out, lse = choose_backend("auto", q.device).forward(q, k, v, layout, SCALE)
+    out, lse = choose_backend("auto", q.device, q.dtype).forward(q, k, v, layout, SCALE)
     unseen = unseen_rows(layout)
     assert (out[unseen] == 0).all()
     assert (lse[unseen] == float("-inf")).all()
@@ -187,7 +187,7 @@ def test_two_parts_of_a_sequence_merge_into_the_whole() -> None:
     """Plain parts are merged by their lse, the sink is added once, at the end; a part may show a row nothing."""
     length, cut = 50, 20
     q, k, v, sinks = (x.detach() for x in inputs(length))
-    forward = choose_backend("auto", q.device).forward
+    forward = choose_backend("auto", q.device, q.dtype).forward
     old = build_layout((Span(0, length, 0, cut, 0),), 12, length, cut)
     new = build_layout((Span(0, length, 0, length - cut, -cut),), 12, length, length - cut)
     parts = [forward(q, k[:cut], v[:cut], old, SCALE), forward(q, k[cut:], v[cut:], new, SCALE)]
@@ -266,9 +266,23 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 
 def test_no_backend_is_an_error_and_never_a_fallback() -> None:
-    with pytest.raises(AttentionBackendError, match=r"no backend for tensors on meta.*available: 'cpu'"):
-        choose_backend("auto", torch.device("meta"))
+    cpu, card, nowhere = (torch.device(name) for name in ("cpu", "cuda:1", "meta"))
+    with pytest.raises(
+        AttentionBackendError, match=r"no backend for tensors on meta of torch.float32.*available: 'cpu'"
+    ):
+        choose_backend("auto", nowhere, torch.float32)
+    with pytest.raises(AttentionBackendError, match=r"no backend for tensors on cpu of torch.float16"):
+        choose_backend("auto", cpu, torch.float16)
     with pytest.raises(AttentionBackendError, match="unknown attention backend 'flash'"):
-        choose_backend("flash", torch.device("cpu"))
-    with pytest.raises(AttentionBackendError, match="runs on cpu"):
-        choose_backend("cpu", torch.device("meta"))
+        choose_backend("flash", cpu, torch.float32)
+    with pytest.raises(AttentionBackendError, match=r"takes float32, float64, bfloat16 on cpu, the tensors are"):
+        choose_backend("cpu", nowhere, torch.float32)
+    with pytest.raises(AttentionBackendError, match=r"takes bfloat16, float16 on cuda, the tensors are torch.float32"):
+        choose_backend("cuda", card, torch.float32)
+
+
+def test_a_device_and_a_type_choose_the_backend() -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda:1")
+    assert {choose_backend("auto", cpu, dtype).name for dtype in (torch.float32, torch.bfloat16)} == {"cpu"}
+    assert {choose_backend("auto", card, dtype).name for dtype in (torch.float16, torch.bfloat16)} == {"cuda"}
+    assert {choose_backend("auto", card, dtype).name for dtype in (torch.float32, torch.float64)} == {"blocks"}

@@ -1,0 +1,158 @@
+"""What is told to torch's CUDA flash kernels, with the kernels themselves written out from their documentation.
+
+No card is needed: the stand-ins below take the very arguments of the kernels, on the CPU, in float64. tests/gpu runs
+the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from keel.ops.attention import AttentionBackendError, Span, build_layout, layout_attention, packed_layout
+from keel.ops.attention import cuda as cuda_backend
+from keel.ops.attention.function import BACKENDS
+
+HEADS, KV_HEADS, SIZE, SCALE = 6, 2, 8, 0.29
+RAGGED = (5, 70, 0, 33, 1, 16)
+PACKED = torch.tensor([0, *RAGGED]).cumsum(0)
+PARTS = {  # as in test_blocks: spans over 40 queries and 90 keys
+    "cache": ((0, 20, 0, 50, 30), (20, 20, 50, 40, 20)),
+    "padding": ((3, 17, 3, 17, 0), (20, 12, 40, 12, 0)),
+    "before the keys": ((0, 20, 0, 50, -5),),
+    "nothing seen": ((0, 20, 0, 50, -20), (20, 20, 0, 0, 0)),
+    "other order": ((20, 20, 50, 40, 20), (0, 20, 0, 50, 30)),
+}
+
+
+def visible(num_queries, num_keys, is_causal, left, right):
+    """FlashAttention's masks: the last query stands at the last key; -1 is no limit; causal is `right` = 0."""
+    right = 0 if is_causal else right
+    row = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    column = torch.arange(num_keys)
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    seen &= (column <= row + right) if right >= 0 else True
+    return seen & ((column >= row - left) if left >= 0 else True)
+
+
+def per_sequence(query, key, cu_q, cu_k, max_q, max_k, is_causal, left, right):
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q > 1, "at a bound of 1 the kernel lays rows out otherwise"
+    for (q_start, q_stop), (k_start, k_stop) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        assert q_stop - q_start <= max_q
+        assert k_stop - k_start <= max_k
+        keys = slice(k_start, k_stop)
+        repeated = key[keys].repeat_interleave(query.shape[1] // key.shape[1], 1)
+        seen = visible(q_stop - q_start, k_stop - k_start, is_causal, left, right)
+        assert bool(seen.any(-1).all()), "the kernel's answer for a row that sees nothing is not relied on"
+        yield slice(q_start, q_stop), keys, repeated, seen
+
+
+def flash_forward(
+    query, key, value, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
+    *, scale, window_size_left, window_size_right,
+):  # fmt: skip
+    assert dropout_p == 0.0
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0])
+    pieces = per_sequence(query, key, cu_q, cu_k, max_q, max_k, is_causal, window_size_left, window_size_right)
+    for rows, keys, repeated, seen in pieces:
+        scores = torch.einsum("nhd,mhd->hnm", query[rows], repeated) * scale
+        scores = scores.masked_fill(~seen, -math.inf)
+        lse[:, rows] = scores.logsumexp(-1)
+        values = value[keys].repeat_interleave(query.shape[1] // key.shape[1], 1)
+        out[rows] = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), values)
+    return out, lse, torch.zeros(2), torch.empty(0), torch.empty(0)
+
+
+def flash_backward(
+    grad_out, query, key, value, out, logsumexp, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused,
+    *, scale, window_size_left, window_size_right,
+):  # fmt: skip
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert logsumexp.shape == (query.shape[1], query.shape[0])
+    assert logsumexp.is_contiguous()
+    group = query.shape[1] // key.shape[1]
+    dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+    pieces = per_sequence(query, key, cu_q, cu_k, max_q, max_k, is_causal, window_size_left, window_size_right)
+    for rows, keys, repeated, seen in pieces:
+        scores = torch.einsum("nhd,mhd->hnm", query[rows], repeated) * scale
+        p = torch.exp(scores - logsumexp[:, rows, None].to(scores.dtype)).masked_fill(~seen, 0.0)
+        values = value[keys].repeat_interleave(group, 1)
+        delta = (grad_out[rows] * out[rows]).sum(-1).t()[..., None]
+        ds = p * (torch.einsum("nhd,mhd->hnm", grad_out[rows], values) - delta) * scale
+        dq[rows] = torch.einsum("hnm,mhd->nhd", ds, repeated)
+        dk[keys] = torch.einsum("hnm,nhd->mhd", ds, query[rows]).unflatten(1, (-1, group)).sum(2)
+        dv[keys] = torch.einsum("hnm,nhd->mhd", p, grad_out[rows]).unflatten(1, (-1, group)).sum(2)
+    return dq, dk, dv
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """The backend "cuda" with its kernels replaced, taking float64 on the CPU."""
+    import dataclasses
+
+    monkeypatch.setattr(cuda_backend, "_forward", flash_forward)
+    monkeypatch.setattr(cuda_backend, "_backward", flash_backward)
+    taking = dataclasses.replace(BACKENDS["cuda"], device_types=("cpu",), dtypes=(torch.float64,))
+    monkeypatch.setitem(BACKENDS, "cuda", taking)
+
+
+def values_and_gradients(layout, backend):
+    draw = torch.Generator().manual_seed(3)
+    shapes = [(layout.num_query_rows, HEADS, SIZE), *[(layout.num_key_rows, KV_HEADS, SIZE)] * 2, (HEADS,)]
+    given = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+    out = layout_attention(*given, layout=layout, scale=SCALE, backend=backend)
+    weight = torch.randn(out.shape, generator=draw, dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, given, weight)]
+
+
+def layouts():
+    for window in (None, 1, 7, 32, 200):
+        yield f"packed {window}", packed_layout(PACKED, window)
+        yield f"short {window}", packed_layout(torch.tensor([0, 1, 2]), window)
+        for name, spans in PARTS.items():
+            yield f"{name} {window}", build_layout(tuple(Span(*span) for span in spans), window, 40, 90)
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=name) for name, layout in layouts()])
+def test_what_the_kernels_are_told_gives_the_dense_twins_values_and_gradients(on_the_cpu, layout):
+    pairs = zip(values_and_gradients(layout, "cuda"), values_and_gradients(layout, "reference"), strict=True)
+    for name, (got, want) in zip(("out", "dq", "dk", "dv", "ds"), pairs, strict=True):
+        # lse is handed over in float32, as the kernel keeps it.
+        assert (got - want).abs().max() < (1e-12 if name == "out" else 1e-5), name
+
+
+def test_what_was_said_of_determinism_before_stands_again(on_the_cpu):
+    assert not torch.are_deterministic_algorithms_enabled()
+    values_and_gradients(packed_layout(PACKED, 7), "cuda")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_kernels_of_this_torch_take_these_arguments():
+    """On the meta device torch checks the call and the shapes without computing anything."""
+    layout = packed_layout(PACKED, 7)
+    total = sum(RAGGED)
+    given = [
+        torch.empty(total, heads, SIZE, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    out, lse = cuda_backend.forward(*given, layout, SCALE)
+    assert (out.shape, lse.shape, lse.dtype) == ((total, HEADS, SIZE), (total, HEADS), torch.float32)
+    gradients = cuda_backend.backward(out, *given, out, lse, layout, SCALE)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in given]
+
+
+def test_what_the_kernels_cannot_do_is_refused(on_the_cpu):
+    ring = build_layout((Span(0, 20, 0, 8, 10),), None, 20, 8)
+    shared = build_layout((Span(0, 20, 0, 50, 30), Span(20, 20, 10, 50, 30)), None, 40, 90)
+    for layout, message in ((ring, "beyond its keys"), (shared, "one sequence each")):
+        with pytest.raises(AttentionBackendError, match=message):
+            values_and_gradients(layout, "cuda")
+    odd = torch.zeros(4, 2, 10, dtype=torch.float64)
+    with pytest.raises(AttentionBackendError, match="multiples of 8 up to 256, got 10"):
+        layout_attention(
+            odd, odd, odd, None, layout=packed_layout(torch.tensor([0, 4]), None), scale=1.0, backend="cuda"
+        )
