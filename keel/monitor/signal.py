@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
+from keel.monitor.wilson import wilson_interval
+
 Metrics = Mapping[str, float | int | None]
 
 TOO_FEW = 0.10
@@ -97,6 +99,32 @@ class Cause:
     name: Literal["failing", "malformed", "truncated", "all_right", "all_wrong", "alike"]
     seen: str
     advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Is there a signal? "good", "thin" (most groups teach nothing) or "none", why, and what to do."""
+
+    level: Literal["good", "thin", "none"]
+    text: str
+    causes: tuple[Cause, ...] = ()
+
+
+def judge(seen: Outcomes) -> Judgement:
+    """Whether groups like these are worth training on. The interval is of the share of groups with a signal."""
+    if seen.kept == 0:
+        what = f"no signal: all {seen.episodes} episodes failed, and what the world spoils is no reward of 0"
+        return Judgement("none", what, likely_causes(seen))
+    low, high = wilson_interval(seen.with_signal, seen.groups)
+    share = (
+        f"{seen.with_signal} of {seen.groups} groups ({percent(seen.signal_share)}, 95 % interval "
+        f"{percent(low)} to {percent(high)}) have attempts that differ in reward"
+    )
+    if seen.signal_share >= THIN:
+        return Judgement("good", f"there is a signal to learn from: {share}", tuple(_spoilt(seen)))
+    if seen.signal_share >= TOO_FEW:
+        return Judgement("thin", f"a thin signal: {share}; the others teach nothing", likely_causes(seen))
+    return Judgement("none", f"no signal: {share}", likely_causes(seen))
 
 
 def likely_causes(seen: Outcomes) -> tuple[Cause, ...]:

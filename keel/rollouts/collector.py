@@ -34,7 +34,12 @@ _EVAL_STEP = -1  # in place of the policy step, so that an evaluation draws the 
 
 
 class RolloutError(Fault, RuntimeError):
-    """Rollouts cannot go on: every episode of a step failed, say. The text has the first failure's reason."""
+    """Rollouts cannot go on: every episode of a step failed. The text has the first failure's reason, `trajectories`
+    are the episodes."""
+
+    def __init__(self, text: str, trajectories: Sequence[Trajectory] = ()) -> None:
+        super().__init__(text)
+        self.trajectories = tuple(trajectories)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +236,8 @@ class Collector:
         finally:
             self._running.difference_update(tasks)
         if all(trajectory.failed for trajectory in done):
-            raise RolloutError(f"all {len(done)} episodes failed; the first: {done[0].status}: {done[0].error}")
+            text = f"all {len(done)} episodes failed; the first: {done[0].status}: {done[0].error}"
+            raise RolloutError(text, done)
         return done
 
     async def _attempt(self, attempt: Attempt, settings: EpisodeSettings) -> Trajectory:
