@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from keel.envs.tools import tool
     from keel.monitor.runlog import RunSummary
     from keel.runs import Run, StepRecord, load_record, load_run
+    from keel.signal_check import rollout
+    from keel.signal_result import RolloutResult
     from keel.types import Group, Message, Task, ToolSpec, Trajectory
 
 __version__ = "0.1.0"
@@ -27,6 +29,7 @@ __all__ = [
     "Group",
     "Message",
     "Reply",
+    "RolloutResult",
     "Run",
     "RunSummary",
     "Step",
@@ -40,6 +43,7 @@ __all__ = [
     "load_record",
     "load_run",
     "resume",
+    "rollout",
     "task_env",
     "tool",
     "train",
@@ -50,6 +54,7 @@ _HOMES = {
     "Group": "keel.types:Group",
     "Message": "keel.types:Message",
     "Reply": "keel.chat.base:Reply",
+    "RolloutResult": "keel.signal_result:RolloutResult",
     "Run": "keel.runs:Run",
     "RunSummary": "keel.monitor.runlog:RunSummary",
     "Step": "keel.envs.base:Step",
@@ -62,6 +67,7 @@ _HOMES = {
     "load_record": "keel.runs:load_record",
     "load_run": "keel.runs:load_run",
     "resume": "keel.api:resume",
+    "rollout": "keel.signal_check:rollout",
     "task_env": "keel.envs.task_env:task_env",
     "tool": "keel.envs.tools:tool",
     "train": "keel.api:train",

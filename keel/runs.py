@@ -20,94 +20,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from keel import config_load
 from keel.config import TrainConfig
 from keel.config_problems import ConfigError
-from keel.monitor import directory
+from keel.monitor import cells, directory
 from keel.monitor.rows import SCHEMA_VERSION, RunDirectoryError
-from keel.rollouts.store import RecordError, read_step_record, read_trajectories
+from keel.rollouts.store import RecordError, read_trajectories
+from keel.step_record import SequenceView, StepRecord, load_record
 from keel.types import Trajectory
 
-Array = npt.NDArray[Any]
+__all__ = ["Run", "SequenceView", "StepRecord", "load_record", "load_run"]
+
 T = TypeVar("T")
-
-# What runs over sequences, micro-batches, updates or trajectories instead of rows.
-_NOT_ROWS = {
-    "cu_seqlens",
-    "micro_batch_bounds",
-    "update_bounds",
-    "rewards",
-    "trajectory_to_group",
-    "sequence_to_trajectory",
-    "sequence_to_segment",
-}
-_OF_INPUTS = {"input_ids", "positions", "routed_experts"}
 _NOT_ENDED = ("starting", "running")
-
-
-@dataclass(frozen=True)
-class SequenceView:
-    """One sequence of a step record: n tokens, n - 1 rows. `streams` are views of the record's row streams."""
-
-    index: int
-    trajectory: int  # among the step's attempts that the world did not spoil, in file order
-    segment: int  # of the trajectory
-    streams: Mapping[str, Array]  # name -> [n - 1] or [n - 1, ...]
-
-    @property
-    def token_ids(self) -> Array:
-        """[n] int64: every token that the engine read or drew, the first one included."""
-        return np.concatenate([self.streams["input_ids"][:1], self.streams["labels"]])
-
-    def per_token(self, name: str) -> list[Any]:
-        """[n] values of a stream at the token they speak of; None where there is none.
-
-        Most streams speak of labels and so have nothing to say of the first token; those of inputs
-        (`positions`, `routed_experts`) have nothing to say of the last. Raises KeyError for an unknown stream.
-        """
-        values = self.streams[name].tolist()
-        return [*values, None] if name in _OF_INPUTS else [None, *values]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """Every token stream of one step (docs/loop.md, "Step records"), read from `path`."""
-
-    path: Path
-    streams: Mapping[str, Array]  # name -> array; row streams are [T] or [T, ...]
-    header: Mapping[str, Any]  # step, stage, seed, sampling, config_hash, ...
-
-    @property
-    def step(self) -> int:
-        return int(self.header["step"])
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows T of the step."""
-        return len(self.streams["input_ids"])
-
-    @cached_property
-    def sequences(self) -> tuple[SequenceView, ...]:
-        """The step's sequences in order of packing: groups, attempts, segments."""
-        starts = self.streams["cu_seqlens"].tolist()
-        trajectories = self.streams["sequence_to_trajectory"].tolist()
-        segments = self.streams.get("sequence_to_segment")
-        rows = {name: stream for name, stream in self.streams.items() if name not in _NOT_ROWS}
-        seen: dict[int, int] = {}
-        views = []
-        for index, (start, stop, trajectory) in enumerate(zip(starts[:-1], starts[1:], trajectories, strict=True)):
-            order = seen.get(trajectory, 0)
-            seen[trajectory] = order + 1
-            segment = order if segments is None else int(segments[index])
-            views.append(SequenceView(index, trajectory, segment, {name: rows[name][start:stop] for name in rows}))
-        return tuple(views)
-
-    def of_trajectory(self, trajectory: int) -> tuple[SequenceView, ...]:
-        """The sequences of one trajectory, numbered as in `sequence_to_trajectory`."""
-        return tuple(view for view in self.sequences if view.trajectory == trajectory)
+_IN_SHORT = ("reward/mean", "success", "mismatch/abs_mean", "policy/entropy", "policy/grad_norm")
 
 
 @dataclass(frozen=True)
@@ -231,9 +157,13 @@ class Run:
         """
         path = self._existing(self.paths.trajectories / f"{number:06d}.jsonl", number)
         try:
-            return read_trajectories(path)
+            trajectories = read_trajectories(path)
         except (RecordError, OSError, RecursionError) as error:
             raise RunDirectoryError(f"{path}: cannot be read: {error}") from error
+        for line, trajectory in enumerate(trajectories, start=1):
+            if not _is_sound(trajectory):
+                raise RunDirectoryError(f"{path}, line {line}: not a trajectory: a value is of another type")
+        return trajectories
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -264,8 +194,25 @@ class Run:
         names = ", ".join(path.name for path in known) or "none"
         raise RunDirectoryError(f"{self.path} has no checkpoint {name}; there are: {names}")
 
+    def _repr_html_(self) -> str:
+        steps = self.rows_of("step")
+        last = steps[-1] if steps else {}
+        named: dict[str, object] = {"state": self.state, "reason": self.status.get("reason") or None}
+        named |= {
+            "directory": self.path,
+            "training steps": last.get("train_step", 0),
+            "recorded steps": len(self.steps),
+        }
+        named |= {f"last {name}": last[name] for name in _IN_SHORT if name in last}
+        named |= {f"success, {each['name']}": cells.success(each) for each in self.evaluations}
+        if self.alarms:
+            named["alarms"] = len(self.alarms)
+        if self.problems:
+            named["not readable"] = "; ".join(self.problems)
+        return cells.facts(f"run {self.name}", named)
+
     def _json(self, path: Path) -> dict[str, Any]:
-        if not path.exists():
+        if not path.is_file():
             return {}
         text = self._read(path, lambda file: file.read_text(encoding="utf-8"), "")
         try:
@@ -286,7 +233,7 @@ class Run:
             return instead
 
     def _items(self, folder: Path) -> list[Path]:
-        return sorted(folder.iterdir()) if folder.is_dir() else []
+        return self._read(folder, lambda directory: sorted(directory.iterdir()), []) if folder.is_dir() else []
 
     def _existing(self, path: Path, number: int) -> Path:
         if path.is_file():
@@ -310,14 +257,22 @@ def load_run(path: str | Path) -> Run:
     return Run(root)
 
 
-def load_record(path: str | Path) -> StepRecord:
-    """The step record in a file like RUN/steps/000137.safetensors. Raises RunDirectoryError if it is none."""
-    file = Path(path)
-    try:
-        streams, header = read_step_record(file)
-    except (RecordError, OSError, RecursionError) as error:
-        raise RunDirectoryError(f"{file}: cannot be read as a step record: {error}") from error
-    return StepRecord(file, streams, header)
+def _is_sound(trajectory: Trajectory) -> bool:
+    """Whether texts are texts and numbers numbers, in what a JSON file said."""
+    turns = trajectory.turns
+    messages = [*trajectory.prompt, *(message for turn in turns for message in (*turn.reply, *turn.observation))]
+    texts = [trajectory.task.id, trajectory.group_id, trajectory.status]
+    texts += [text for turn in turns for text in (turn.reply_text, turn.finish_reason)]
+    texts += [text for message in messages for text in (message.role, message.content)]
+    maybe = [trajectory.error, *(turn.malformed for turn in turns)]
+    maybe += [text for message in messages for text in (message.channel, message.recipient, message.name)]
+    numbers = [trajectory.reward, trajectory.attempt, *trajectory.metrics.values(), *trajectory.reward_parts.values()]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(text is None or isinstance(text, str) for text in maybe)
+        and all(isinstance(value, (int, float)) for value in numbers)
+        and isinstance(trajectory.task.data, Mapping)
+    )
 
 
 def _is_number(name: str) -> bool:
@@ -326,6 +281,8 @@ def _is_number(name: str) -> bool:
 
 def _is_held(lock: Path) -> bool:
     """Whether another holds the lock: tried with a shared one, let go at once; nothing is created."""
+    if not lock.is_file():
+        return False
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -25,6 +25,7 @@ from keel import plugins
 from keel.config import TrainConfig
 from keel.config_plugins import ALGO_ROOMS
 from keel.monitor.rows import write_json, write_text
+from keel.secrecy import scrubbed
 
 INDEX = "sources.json"
 MAX_OBJECTS = 200  # followed from one plug-in
@@ -168,6 +169,7 @@ def _source(item: Any) -> Source | None:
         return None
     if len(text) > MAX_CHARACTERS:
         text = text[:MAX_CHARACTERS] + "\n# cut here: longer than Keel keeps\n"
+    text = scrubbed(text)
     return Source(Path(path).stem if path == file else item.__name__, path, text)
 
 

@@ -21,10 +21,11 @@ def shown(value: object) -> str:
 
 
 def facts(title: str, values: Mapping[str, object]) -> str:
-    """A heading and a table of names and values."""
+    """A heading and a table of names and values; what is None is left out."""
     rows = "".join(
         f'<tr><th style="text-align:left">{shown(name)}</th><td style="text-align:left">{shown(value)}</td></tr>'
         for name, value in values.items()
+        if value is not None
     )
     return f"<div><strong>{shown(title)}</strong><table>{rows}</table></div>"
 
@@ -36,3 +37,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         "<tr>" + "".join(f'<td style="text-align:left">{shown(value)}</td>' for value in row) + "</tr>" for row in rows
     )
     return f"<div><strong>{shown(title)}</strong><table><tr>{head}</tr>{body}</table></div>"
+
+
+def success(metrics: Mapping[str, object]) -> str | None:
+    """`success` of an evaluation with its interval, in words; None if the environment does not say what one is."""
+    found = [metrics.get(name) for name in ("success", "success_low", "success_high")]
+    numbers = [value for value in found if isinstance(value, (int, float))]
+    if len(numbers) < 3:
+        return None
+    share, low, high = (f"{100 * value:.1f} %" for value in numbers)
+    return f"{share} (95 % interval {low} to {high})"

@@ -7,6 +7,7 @@ later than the checkpoint, so that the repeated steps leave each row and record 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
 from collections import Counter
@@ -19,7 +20,9 @@ from typing import Any, Literal, Self
 
 from keel import config_load
 from keel.config import TrainConfig
-from keel.monitor import directory, environment, live, trackers
+from keel.monitor import cells, directory, environment, live, trackers
+from keel.monitor.interrupts import Interrupts, RunInterruptedError
+from keel.monitor.progress import Progress
 from keel.monitor.rows import (
     RunDirectoryError,
     append_row,
@@ -31,6 +34,9 @@ from keel.monitor.rows import (
     write_text,
 )
 from keel.monitor.rules import Alarm
+from keel.monitor.watchdog import Watchdog
+from keel.secrecy import refuse_secrets
+from keel.types import Verdict
 
 State = Literal["starting", "running", "completed", "stopped", "interrupted", "failed"]
 Metrics = Mapping[str, float | int | None]
@@ -38,8 +44,9 @@ Metrics = Mapping[str, float | int | None]
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """How a run ended: `state` "completed", or "stopped" by the monitor (with `reason`); `steps` rows of training;
-    `eval`: metrics of each named evaluation; `alarms` raised by each rule; `seconds` per stage."""
+    """How a run ended: `state` "completed", "stopped" by the monitor or "interrupted" by the user (with `reason`);
+    `steps` rows of training; `eval`: metrics of each named evaluation; `alarms`: how many of each rule; `seconds` per
+    stage."""
 
     run_dir: str
     state: State
@@ -48,6 +55,13 @@ class RunSummary:
     eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     alarms: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        named: dict[str, object] = {"reason": self.reason or None, "directory": self.run_dir, "steps": self.steps}
+        named |= {f"success, {name}": cells.success(metrics) for name, metrics in self.eval.items()}
+        named |= {f"alarms: {rule}": count for rule, count in self.alarms.items()}
+        named |= {f"time, {name}": live.duration(seconds) for name, seconds in self.seconds.items()}
+        return cells.facts(f"run {self.state}", named)
 
 
 def completed_run(run_dir: Path) -> RunSummary | None:
@@ -65,7 +79,11 @@ def completed_run(run_dir: Path) -> RunSummary | None:
 
 
 class RunLog:
-    """Writes a run directory. Use as a context manager: an exception is recorded as "failed" before it goes on."""
+    """Writes a run directory. Use as a context manager: an exception is recorded as "failed" before it goes on.
+
+    While it is entered, Ctrl-C and SIGTERM ask the run to stop after its step (`asked_to_stop`), and a watchdog keeps
+    the heartbeat and tells of stalls. `progress` is where the run is; the loop says so.
+    """
 
     def __init__(self, paths: directory.RunPaths, config: TrainConfig) -> None:
         """Use `RunLog.open` or `RunLog.resume`."""
@@ -84,11 +102,27 @@ class RunLog:
         self._closed = False
         self._display = live.open_display(config.log.live, paths.root.name)
         self._trackers: list[trackers.Tracker] = []
+        self._status: tuple[State, str] = ("starting", "")
+        self._writing = threading.RLock()  # rows and status are the watchdog's too
+        self.progress = Progress()
+        self._interrupts = Interrupts(self._can_finish_step, self._answer_interrupt)
+        self._watchdog = Watchdog(
+            self.progress,
+            paths.root / "stalls",
+            stall_timeout_s=config.monitor.stall_timeout_s,
+            beat=self._beat,
+            note=self.note,
+            alarm=self._log_stall,
+        )
 
     @classmethod
     def open(cls, config: TrainConfig) -> Self:
-        """A new run in a new directory. Raises RunDirectoryError if `config.run_dir` is not empty."""
+        """A new run in a new directory.
+
+        Raises RunDirectoryError if `config.run_dir` is not empty, SecretError if the config holds a secret.
+        """
         trackers.require(config.log.trackers)  # before anything is written
+        refuse_secrets(config.model_dump(mode="json"))
         run = cls(directory.create(config.run_dir, config.name), config)
         write_json(run.paths.environment, environment.collect_environment())
         write_text(run.paths.config, config_load.dump(config))  # last: with its config it is a run, and can be resumed
@@ -202,10 +236,35 @@ class RunLog:
         """Show a line; text of a model or a task is shown as it is, never as markup."""
         self._display.note(text)
 
+    def asked_to_stop(self) -> Verdict:
+        """ "interrupt" if the user has asked for it since the run began and there is anything left to do, else "go"."""
+        planned = sum(stage.num_steps for stage in self.config.stages())
+        if not self._interrupts.asked or self._train_step >= planned:
+            return Verdict("go")
+        return Verdict("interrupt", f"{self._interrupts.asked} after {self.progress.where()}")
+
+    def end(self, verdict: Verdict) -> RunSummary:
+        """Close the run as `verdict` says: "stopped", or, if it was the user's, raise RunInterruptedError."""
+        if verdict.action == "interrupt":
+            raise RunInterruptedError(self.close("interrupted", verdict.reason))
+        return self.close("stopped", verdict.reason)
+
+    def _can_finish_step(self) -> bool:
+        return self.progress.under_way and not self._closed
+
+    def _answer_interrupt(self, words: str) -> None:
+        self._watchdog.say(f"{words}: finishing {self.progress.told()}; Ctrl-C again to stop now")
+
+    def _log_stall(self, text: str) -> None:
+        step = self.progress.step or 0
+        stage = self.progress.stage or "starting"
+        self.log_alarm(Alarm("stall", "warn", text, step), step=step, stage=stage)
+
     def _append(self, head: Mapping[str, Any], metrics: Metrics) -> None:
         common = {"train_step": self._train_step, "unix_s": time.time()}
-        append_row(self.paths.metrics, {**head, **common, **plain_numbers(metrics)})
-        self._num_rows += 1
+        with self._writing:
+            append_row(self.paths.metrics, {**head, **common, **plain_numbers(metrics)})
+            self._num_rows += 1
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the log (JSON values): what `restore` cuts back to."""
@@ -251,8 +310,10 @@ class RunLog:
         if self._closed:
             return summary
         self._closed = True
-        write_json(self.paths.summary, asdict(summary))
-        self._set_status(state, reason)
+        self._watchdog.stop()
+        with self._interrupts.held_off():
+            write_json(self.paths.summary, asdict(summary))
+            self._set_status(state, reason)
         self._display.close()
         for tracker in self._trackers:
             tracker.close()
@@ -260,17 +321,22 @@ class RunLog:
         return summary
 
     def __enter__(self) -> Self:
+        self._interrupts.__enter__()
+        self._watchdog.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        elif issubclass(kind, KeyboardInterrupt):
-            self.close("interrupted", "interrupted from the keyboard")
-        else:
-            self.close("failed", f"{kind.__name__}: {error}")
+        try:
+            if kind is None:
+                self.close()
+            elif issubclass(kind, KeyboardInterrupt):
+                self.close("interrupted", str(error) or "interrupted from the keyboard")
+            else:
+                self.close("failed", f"{kind.__name__}: {error}")
+        finally:
+            self._interrupts.__exit__()
 
     def _book_seconds(self) -> None:
         now = time.monotonic()
@@ -278,6 +344,9 @@ class RunLog:
             name = self._stages[-1][0]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._booked
         self._booked = now
+
+    def _beat(self) -> None:
+        self._set_status(*self._status)
 
     def _set_status(self, state: State, reason: str = "") -> None:
         value = {
@@ -287,6 +356,9 @@ class RunLog:
             "steps_done": dict(self._num_steps),
             "steps": self.config.steps,
             "heartbeat_unix_s": time.time(),
+            "progress_unix_s": self._watchdog.moved_unix_s,
             "pid": os.getpid(),
         }
-        write_json(self.paths.status, value)
+        with self._writing:
+            self._status = (state, reason)
+            write_json(self.paths.status, value)

@@ -53,7 +53,8 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "safetensors"},
     ),
     # Reads what a run wrote, and nothing else: no plug-in, no torch.
-    "keel.runs": (CONFIG_FILES | {"keel.monitor", "keel.rollouts.store"}, {"numpy"}),
+    "keel.runs": (CONFIG_FILES | {"keel.monitor", "keel.rollouts.store", "keel.step_record"}, set()),
+    "keel.step_record": (ANYWHERE | {"keel.monitor", "keel.rollouts.store"}, {"numpy"}),
     "keel.learner": (
         ANYWHERE | {"keel.batch", "keel.algo", "keel.models", "keel.ops", "keel.dist", "keel.sync"},
         {"torch", "safetensors", "numpy", "transformers"},
