@@ -184,6 +184,10 @@ class WarmStartConfig(Section):
 
 class EvalConfig(Section):
     num_tasks: int = Field(0, ge=0, description="held-out tasks per evaluation; 0: no evaluation")
+    attempts: int = Field(1, ge=1, description="attempts per task; several give pass@k")
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="the k of pass@k, at most attempts; empty: 1, 2, 4, ... and attempts"
+    )
     every: int = Field(0, ge=0, description="reinforcement steps between evaluations; 0: only at the ends of a stage")
     temperature: float = Field(1.0, ge=0, description="sampling temperature of evaluation; 0 is greedy")
     seed: int = Field(0, description="seed of evaluation draws, the same every time")
@@ -207,6 +211,9 @@ class LogConfig(Section):
 
 class MonitorConfig(Section):
     max_skips: int = Field(5, ge=1, description="updates skipped in a row (not finite) that end the run")
+    stall_timeout_s: float = Field(
+        600.0, ge=0, description="seconds without any progress after which all stacks are written to stalls/; 0: never"
+    )
     min_signal_share: float = Field(
         0.1, ge=0, le=1, description="share of groups carrying a signal below which the run warns; 0: never"
     )
@@ -349,6 +356,18 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         ("rollout.temperature",),
         "greedy attempts at a task are all alike, so there is nothing to learn from",
         "set a temperature above 0; eval.temperature may stay 0",
+    )
+    refuse(
+        config.eval.attempts > 1 and config.eval.temperature == 0,
+        ("eval.attempts", "eval.temperature"),
+        "greedy attempts at a task are all alike",
+        "set eval.temperature above 0, or eval.attempts = 1",
+    )
+    refuse(
+        any(k > config.eval.attempts for k in config.eval.k),
+        ("eval.k", "eval.attempts"),
+        "pass@k needs k attempts or more",
+        "raise eval.attempts to the largest k; twice that gives a tighter interval",
     )
     refuse(
         training and rollout.group_size < 2 and algo.advantage.id in GROUP_ADVANTAGES,

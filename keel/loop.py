@@ -11,12 +11,14 @@ from keel.algo.apply import add_advantages, correct
 from keel.batch import PackedBatch, pack
 from keel.build import EnvSource, Parts, build, with_absolute_model
 from keel.config import AlgoConfig, Stage, TrainConfig
-from keel.evaluation import evaluate
+from keel.evaluation import measure_tasks
 from keel.learner.base import LearnerLike, Update
 from keel.learner.gradient import bound_corrections
+from keel.monitor.exhausted import told_if_exhausted
+from keel.monitor.progress import Progress
 from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog, RunSummary, completed_run
-from keel.records import write_records
+from keel.records import largest_sizes, write_records
 from keel.types import Verdict
 
 
@@ -24,10 +26,11 @@ def train(config: TrainConfig, env: EnvSource | None = None) -> RunSummary:
     """Train as `config` says, in a new run directory; `env` stands in for the config's environment.
 
     Raises RunDirectoryError before anything is written, PluginError for a plug-in that does not exist, and what stops a
-    run: RolloutError if every episode of a step failed, LearnerError if a learner's process is gone.
+    run: RolloutError if every episode of a step failed, LearnerError if a learner's process is gone,
+    MemoryExhaustedError. Interrupted (Ctrl-C, SIGTERM), it finishes its step, saves and raises RunInterruptedError.
     """
     config = with_absolute_model(config)
-    with RunLog.open(config) as run, build(config, env, run) as parts:
+    with RunLog.open(config) as run, told_if_exhausted(config, run.progress), build(config, env, run) as parts:
         return run_stages(config, run, parts)
 
 
@@ -40,7 +43,11 @@ def resume(run_dir: str | Path, env: EnvSource | None = None) -> RunSummary:
     completed = completed_run(Path(run_dir))
     if completed is not None:
         return completed
-    with RunLog.resume(Path(run_dir)) as run, build(run.config, env, run) as parts:
+    with (
+        RunLog.resume(Path(run_dir)) as run,
+        told_if_exhausted(run.config, run.progress),
+        build(run.config, env, run) as parts,
+    ):
         parts.restore(run)
         verdict = parts.monitor.standing()
         if verdict.stops:
@@ -57,30 +64,35 @@ def run_stages(config: TrainConfig, run: RunLog, parts: Parts) -> RunSummary:
         with run.stage(stage.name, stage.num_steps):
             for step in range(parts.learner.step - stage.first_step, stage.num_steps):
                 verdict = train_step(config, run, parts, stage, step)
-                close_step(config, run, parts, stage, step + 1, verdict)
+                verdict = close_step(config, run, parts, stage, step + 1, verdict)
                 if verdict.stops:
-                    return run.close("stopped", verdict.reason)
+                    return run.end(verdict)
     return run.close()
 
 
 def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, step: int) -> Verdict:
     """From groups to new weights in the engine: step number `step` of `stage`."""
-    learner, clock = parts.learner, Clock()
+    learner, clock, progress = parts.learner, Clock(), run.progress
+    progress.begin(stage.name, step, stage.num_steps)
     learner.enter(stage)
     source = parts.sources[stage.name]
+    progress.enter("collect")
     groups = source.next_groups(step)
     clock.mark()
 
     batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
+    progress.enter("score", **largest_sizes(batch))
     batch = learner.score(batch)
     batch = corrected(batch, stage.algo)
     batch = with_advantages(batch, stage.algo)
 
-    updates, stats, verdict = take_updates(learner, parts.monitor, batch)
+    updates, stats, verdict = take_updates(learner, parts.monitor, batch, progress)
     clock.lap("learn")
 
+    progress.enter("publish")
     parts.publish()
     clock.lap("publish")
+    progress.enter("record")
     write_records(run, config, stage, step, groups, batch, updates)
     row = {**source.metrics, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}
     run.log_step(step, row, stage=stage.name)
@@ -90,7 +102,7 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
 
 
 def take_updates(
-    learner: LearnerLike, monitor: Monitor, batch: PackedBatch
+    learner: LearnerLike, monitor: Monitor, batch: PackedBatch, progress: Progress
 ) -> tuple[list[Update], dict[str, float], Verdict]:
     """The updates of a batch, each judged and then applied or not; what applying them told, and the worst verdict.
 
@@ -98,8 +110,10 @@ def take_updates(
     """
     updates, verdict, stats = list[Update](), Verdict("go"), list[dict[str, float]]()
     for index in range(batch.num_updates):
+        progress.enter("backward")
         update = learner.backward(batch, index)
         judged = AFTER_STOP if verdict.stops else monitor.judge(update)
+        progress.enter("optimizer")
         stats.append(learner.apply(update, judged))
         updates.append(update)
         verdict = max(verdict, judged, key=lambda each: SEVERITY.index(each.action))
@@ -109,21 +123,29 @@ def take_updates(
     return updates, merged, verdict
 
 
-def close_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, done: int, verdict: Verdict) -> None:
-    """What follows `done` steps of `stage`: an evaluation, then a checkpoint that knows of it, each if it is due."""
+def close_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, done: int, verdict: Verdict) -> Verdict:
+    """What follows `done` steps of `stage`: an evaluation, then a checkpoint that knows of it, each if it is due.
+
+    Returns whether the run goes on, the user's wish included: then too there is a checkpoint, and nothing is lost.
+    """
     ends = done == stage.num_steps or verdict.stops
     if ends or due(done, stage.eval_every):
         measure(config, run, parts, stage.closing_evaluation if ends else f"step_{done}")
-    if ends or due(done, config.checkpoint.every):
+    asked = run.asked_to_stop()
+    if ends or asked.stops or due(done, config.checkpoint.every):
+        run.progress.enter("save")
         parts.save(run, config.checkpoint.keep)
+        asked = run.asked_to_stop()
+    return verdict if verdict.stops else asked
 
 
 def measure(config: TrainConfig, run: RunLog, parts: Parts, name: str) -> None:
     """Evaluate and log under `name`, unless there are no tasks for it."""
     if config.eval.num_tasks == 0:
         return
+    run.progress.enter("evaluate")
     with run.stage("eval", 1):
-        run.log_eval(name, evaluate(parts.collector, config.eval), step=parts.learner.step)
+        run.log_eval(name, measure_tasks(parts.collector, config.eval).metrics, step=parts.learner.step)
 
 
 def corrected(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
@@ -134,9 +156,7 @@ def corrected(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
 def with_advantages(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
     """Advantages of what the correction left."""
     function = plugins.resolve(algo.advantage.id, "keel.algo.advantage")
-    return add_advantages(
-        batch, function, algo.advantage.options, rejected_in_baseline=algo.rejected_in_baseline
-    )
+    return add_advantages(batch, function, algo.advantage.options, rejected_in_baseline=algo.rejected_in_baseline)
 
 
 def due(done: int, every: int) -> bool:

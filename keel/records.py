@@ -71,6 +71,19 @@ def step_streams(batch: PackedBatch, updates: Sequence[Update]) -> dict[str, np.
     }
 
 
+def largest_sizes(batch: PackedBatch) -> dict[str, int]:
+    """What decides how much memory a batch takes, for messages: its largest micro-batch and longest sequence."""
+    if not batch.micro_batches:
+        return {}
+    largest = max(batch.micro_batches, key=lambda micro_batch: micro_batch.num_tokens)
+    lengths = [int(length) for micro_batch in batch.micro_batches for length in micro_batch.cu_seqlens.diff()]
+    return {
+        "tokens_in_the_largest_micro-batch": largest.num_tokens,
+        "sequences_in_it": len(largest.cu_seqlens) - 1,
+        "tokens_in_the_longest_sequence": max(lengths),
+    }
+
+
 def _streams(micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
     """The streams that run over rows or sequences; absent ones are left out."""
     found = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}

@@ -254,10 +254,11 @@ class Group:
 class Verdict:
     """What is done with a gradient: "go" steps, "skip" leaves the weights as they are, "stop" skips and ends the run.
 
-    `reason` is empty for "go" and says what was seen otherwise.
+    "interrupt" is the user's: the step counts, and the run ends after it, to be resumed. `reason` is empty for "go" and
+    says what was seen otherwise.
     """
 
-    action: Literal["go", "skip", "stop"] = "go"
+    action: Literal["go", "skip", "stop", "interrupt"] = "go"
     reason: str = ""
 
     @property
@@ -266,4 +267,4 @@ class Verdict:
 
     @property
     def stops(self) -> bool:
-        return self.action == "stop"
+        return self.action in ("stop", "interrupt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -55,7 +55,7 @@ class Interrupts:
         self._before.clear()
 
     @contextlib.contextmanager
-    def held_off(self) -> Any:
+    def held_off(self) -> Iterator[None]:
         """What is short and must not be torn (the last status of a run) is not interrupted."""
         before, self._closing = self._closing, True
         try:

@@ -57,9 +57,10 @@ class Progress:
     moves: int = 0
     since: float = field(default_factory=time.monotonic)
 
-    def enter(self, phase: Phase) -> None:
-        """The run begins to do something else."""
+    def enter(self, phase: Phase, **sizes: int) -> None:
+        """The run begins to do something else, with a batch of `sizes` if they are new."""
         self.phase = phase
+        self.sizes = sizes or self.sizes
         self.moves += 1
         self.since = time.monotonic()
 

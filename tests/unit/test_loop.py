@@ -13,6 +13,7 @@ from keel.build import with_absolute_model
 from keel.config import TrainConfig
 from keel.learner.base import Update
 from keel.loop import due, mean_metrics, take_updates
+from keel.monitor.progress import Progress
 from keel.monitor.rules import Monitor
 from keel.types import Verdict
 
@@ -84,7 +85,7 @@ def batch_of(num_updates: int) -> PackedBatch:
 def test_the_worst_verdict_of_a_batch_stands(losses, given, worst):
     """No later update hides a skip or undoes a stop, and what a checkpoint keeps of the monitor knows the stop."""
     learner, monitor = Scripted(*losses), Monitor(max_skips=2)
-    updates, stats, verdict = take_updates(learner, monitor, batch_of(len(losses)))
+    updates, stats, verdict = take_updates(learner, monitor, batch_of(len(losses)), Progress())
     assert [each.action for each in learner.verdicts] == given
     assert verdict.action == worst
     assert len(updates) == len(losses)
