@@ -20,7 +20,14 @@ from keel.chat.base import Chat
 from keel.chat.factory import make_chat
 from keel.chat.tokenizer import load_tokenizer
 from keel.config import EngineConfig, EnvConfig, ModelConfig, TrainConfig
-from keel.device import describe_device, prepare_device, rank_devices, resolve_device
+from keel.device import (
+    MemoryWatch,
+    describe_device,
+    frees_cache,
+    prepare_device,
+    rank_devices,
+    resolve_device,
+)
 from keel.engines.base import Engine
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.engines.process import EngineProcess
@@ -73,6 +80,17 @@ class Parts:
     sources: Mapping[str, GroupSource]
     monitor: Monitor
     loop: LoopThread
+    device: torch.device
+    frees_cache: bool = False  # whether the engine gives its keys and values back while the learner learns
+
+    def watch_memory(self) -> MemoryWatch:
+        """The figures of one step's memory, from now on."""
+        return MemoryWatch(self.device, self.engine.capabilities().cache_bytes)
+
+    def make_room(self) -> None:
+        """Nobody samples until the next publish: the learner may have the memory."""
+        if self.frees_cache:
+            self.loop.run(self.engine.release_memory())
 
     def publish(self) -> None:
         """Give the engine the learner's weights under the learner's version."""
@@ -139,7 +157,9 @@ def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> It
         sources = make_sources(config, factory, chat, collector)
         for source in sources.values():
             stack.callback(source.close)
-        yield Parts(learner, engine, collector, sources, make_monitor(config.monitor), loop)
+        device = resolve_device(config.device)
+        frees = frees_cache(config, device)
+        yield Parts(learner, engine, collector, sources, make_monitor(config.monitor), loop, device, frees)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from keel.config import TrainConfig
 from keel.config_problems import ConfigError, Problem, shown
 from keel.monitor.memory import machine_bytes, resident_bytes
 
@@ -65,6 +66,15 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_bytes()
+
+
+def frees_cache(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the engine gives its keys and values back while the learner learns on the same `device`.
+
+    Where rollouts go on meanwhile they are needed, and on the CPU taking them again costs more than it is worth.
+    """
+    wanted = config.engine.free_cache
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and config.rollout.max_staleness == 0)
 
 
 class MemoryWatch:

@@ -72,12 +72,14 @@ def run_stages(config: TrainConfig, run: RunLog, parts: Parts) -> RunSummary:
 
 def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, step: int) -> Verdict:
     """From groups to new weights in the engine: step number `step` of `stage`."""
-    learner, clock, progress = parts.learner, Clock(), run.progress
+    learner, clock, memory, progress = parts.learner, Clock(), parts.watch_memory(), run.progress
     progress.begin(stage.name, step, stage.num_steps)
     learner.enter(stage)
     source = parts.sources[stage.name]
     progress.enter("collect")
     groups = source.next_groups(step)
+    memory.lap("rollout")
+    parts.make_room()
     clock.mark()
 
     batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
@@ -88,13 +90,14 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
 
     updates, stats, verdict = take_updates(learner, parts.monitor, batch, progress)
     clock.lap("learn")
+    memory.lap("learn")
 
     progress.enter("publish")
     parts.publish()
     clock.lap("publish")
     progress.enter("record")
     write_records(run, config, stage, step, groups, batch, updates)
-    row = {**source.metrics, **mean_metrics(updates), **stats, **clock.seconds, **clock.total()}
+    row = {**source.metrics, **mean_metrics(updates), **stats, **clock.seconds, **clock.total(), **memory.total()}
     run.log_step(step, row, stage=stage.name)
     for alarm in parts.monitor.watch(stage.name, step, row):
         run.log_alarm(alarm, step=step, stage=stage.name)

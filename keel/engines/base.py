@@ -97,7 +97,10 @@ class ScoreResult:
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """What the engine can do, so that a config asking for more is refused before the run."""
+    """What the engine can do, so that a config asking for more is refused before the run.
+
+    `cache_bytes` is what its keys and values take while it samples, 0 if it does not tell.
+    """
 
     name: str
     max_sequence_tokens: int
@@ -107,6 +110,7 @@ class EngineCapabilities:
     shares_weights: bool
     weight_sources: tuple[str, ...]
     deterministic: bool
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,8 @@ class Engine(Protocol):
     A session runs one request at a time. `end_session` of a session that is still generating ends that request with
     finish reason "abort"; ending an unknown session does nothing. While paused nothing is drawn; requests are taken.
     `load_weights` may come at any time: tokens drawn before and after it are in different spans.
+    `release_memory` gives back what the next request can take again (keys and values), for a learner on the same
+    device; it raises EngineError while requests are under way.
     """
 
     async def generate(self, request: GenerateRequest) -> GenerateResult: ...
@@ -137,6 +143,8 @@ class Engine(Protocol):
     async def pause(self) -> None: ...
 
     async def resume(self) -> None: ...
+
+    async def release_memory(self) -> None: ...
 
     def capabilities(self) -> EngineCapabilities: ...
 

@@ -31,7 +31,7 @@ from keel.engines.worker import WorkerSpec, run_worker
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 
-Method = Literal["generate", "score", "end_session", "load_weights", "pause", "resume", "health"]
+Method = Literal["generate", "score", "end_session", "load_weights", "pause", "resume", "release_memory", "health"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,9 @@ class EngineProcess:
 
     async def resume(self) -> None:
         await self._call("resume")
+
+    async def release_memory(self) -> None:
+        await self._call("release_memory")
 
     def capabilities(self) -> EngineCapabilities:
         return self._capabilities

@@ -6,6 +6,8 @@ always has the same shape and nothing that is kept is touched.
 
 Masked positions are multiplied by a probability of exactly zero, so whatever lies there must be finite: slots start
 as zeros and `wipe` clears one that held something else.
+
+While nobody samples the storage can be given back (`release`) and is taken again, as zeros, by the next pass.
 """
 
 from __future__ import annotations
@@ -64,8 +66,25 @@ class SlotCache:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [*self.keys, *self.values, *([] if self.routes is None else [self.routes])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """What keys and values take while they are held; routes are small."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def is_held(self) -> bool:
+        return all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def release(self) -> None:
+        """Give the storage back; what was in it is gone. The tensors stay, without anything behind them."""
+        for tensor in (*self.keys, *self.values):
+            tensor.untyped_storage().resize_(0)
+
+    def hold(self) -> None:
+        """Take the storage again, as zeros; nothing happens if it is held."""
+        if self.is_held:
+            return
+        for tensor in (*self.keys, *self.values):
+            tensor.untyped_storage().resize_(tensor.nbytes)
+            tensor.zero_()
 
     def write_rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Where the keys of a pass's rows go: `[T * K]` indices into a layer seen as `[(slots + 2) * K * cap, D]`."""
@@ -95,6 +114,8 @@ class SlotCache:
 
     def wipe(self, slot: int) -> None:
         """Zero a slot (and the scratch slot) that may hold something that is not finite."""
+        if not self.is_held:
+            return
         for layer in (*self.keys, *self.values):
             layer[slot].zero_()
             layer[self.scratch_slot].zero_()

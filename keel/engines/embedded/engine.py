@@ -11,6 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from keel.engines.base import (
     EngineCapabilities,
@@ -33,8 +34,6 @@ from keel.sync.transports import read_weights
 from keel.types import FinishReason
 
 if TYPE_CHECKING:
-    import torch
-
     from keel.config import EngineConfig
     from keel.models.policy import PolicyModel
 
@@ -182,6 +181,21 @@ class EmbeddedEngine:
         self._paused = False
         self._wake()
 
+    async def release_memory(self) -> None:
+        """Give the storage of keys and values back; the next request takes it again, and sessions feed theirs anew.
+
+        Raises EngineError while requests run or wait.
+        """
+        self._check_alive()
+        scheduler = self._scheduler
+        busy = scheduler.num_running() + scheduler.num_waiting() + self._scorer.is_busy
+        if busy:
+            raise EngineError(f"release_memory: {busy} request(s) are under way; wait for them, or end their sessions")
+        scheduler.invalidate(scheduler.version)
+        self._cache.release()
+        if not self.shares_weights and self._passes.device.type == "cuda":
+            torch.cuda.empty_cache()  # the learner may be another process, which cannot use what this one keeps
+
     def capabilities(self) -> EngineCapabilities:
         return EngineCapabilities(
             name="embedded",
@@ -192,6 +206,7 @@ class EmbeddedEngine:
             shares_weights=self.shares_weights,
             weight_sources=("shared",) if self.shares_weights else ("file",),
             deterministic=True,
+            cache_bytes=self._cache.num_bytes,
         )
 
     async def health(self) -> EngineHealth:

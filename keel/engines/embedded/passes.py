@@ -106,6 +106,7 @@ class Passes:
         query_positions: np.ndarray,
         chunk_slots: np.ndarray | None,
     ) -> torch.Tensor:
+        self.cache.hold()
         ids, places, slots = (torch.from_numpy(a).to(self.device) for a in (token_ids, positions, write_slots))
         view = CacheView(
             self.cache,

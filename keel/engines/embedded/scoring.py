@@ -25,6 +25,11 @@ class Scorer:
         self._policy, self._passes, self._epoch = policy, passes, epoch
         self._queue: list[asyncio.Future[None]] = []
 
+    @property
+    def is_busy(self) -> bool:
+        """Is a sequence being scored, or waiting to be?"""
+        return bool(self._queue)
+
     async def score(self, token_ids: np.ndarray) -> tuple[tuple[float, ...], bytes]:
         """Log-probs `[n - 1]` at temperature 1 of `token_ids [n]`, and the routes of all n tokens (raw bytes).
 

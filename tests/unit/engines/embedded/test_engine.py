@@ -545,3 +545,58 @@ def test_those_who_wait_to_score_get_their_turn_when_one_gives_up(make_engine: M
         assert await last == wanted
 
     asyncio.run(main())
+
+
+# ---- giving memory back
+
+
+def test_memory_given_back_is_taken_again_and_changes_no_bit(make_engine: Make) -> None:
+    kept, freeing = make_engine(), make_engine()
+    first, second = ask(session="s"), ask((*PROMPT, 5, 6), session="t", seed=9)
+
+    async def main(engine: EmbeddedEngine, *, free: bool) -> list[Any]:
+        found: list[Any] = []
+        for request in (first, second):
+            found += [await engine.generate(request), await engine.score(PROMPT)]
+            if free:
+                await engine.release_memory()
+                assert not engine._cache.is_held
+                assert all(tensor.untyped_storage().nbytes() == 0 for tensor in engine._cache.keys)
+            else:
+                engine._scheduler.invalidate(0)  # what publishing does between two steps
+        return found
+
+    assert asyncio.run(main(freeing, free=True)) == asyncio.run(main(kept, free=False))
+    assert kept._cache.is_held
+    assert kept._cache.num_bytes == freeing._cache.num_bytes == kept.capabilities().cache_bytes > 0
+
+
+def test_a_session_goes_on_after_memory_was_given_back(make_engine: Make) -> None:
+    engine = make_engine()
+
+    async def main() -> tuple[GenerateResult, GenerateResult]:
+        begun = await engine.generate(ask(session="s"))
+        await engine.release_memory()
+        longer = (*PROMPT, *begun.token_ids, 5)
+        return await engine.generate(ask(longer, session="s", seed=8)), await engine.generate(ask(longer, seed=8))
+
+    continued, fresh = asyncio.run(main())
+    assert continued.num_cached_tokens == 0
+    assert continued.spans == fresh.spans
+
+
+def test_memory_in_use_is_not_given_back(make_engine: Make) -> None:
+    engine = make_engine()
+
+    async def main() -> None:
+        for busy in (engine.generate(ask()), engine.score(PROMPT)):
+            await engine.pause()
+            task = asyncio.create_task(busy)
+            await turns_of_the_loop(1)
+            with pytest.raises(EngineError, match="under way"):
+                await engine.release_memory()
+            await engine.resume()
+            await task
+            assert engine._cache.is_held
+
+    asyncio.run(main())
