@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import keel
-from keel import cli_new, cli_rollout, config_load
+from keel import cli_eval, cli_new, cli_rollout, config_load
 from keel.cli_arguments import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_problems import ConfigError
-from keel.config_schema import toml_value
 from keel.evaluation import EvaluationError
-from keel.monitor.live import describe, duration
+from keel.monitor.live import duration
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.trackers import TrackerError
 from keel.plugins import PluginError
@@ -37,6 +36,7 @@ app = typer.Typer(
 # Commands that live in modules of their own; those further down are the loop's.
 app.command("new")(cli_new.new)
 app.command("rollout")(cli_rollout.rollout)
+app.command("eval")(cli_eval.evaluate)
 
 
 def main() -> None:
@@ -108,21 +108,6 @@ def quickstart(
     from keel.quickstart import run
 
     _finish(run(seed, run_dir, sets or ()))
-
-
-@app.command("eval")
-def evaluate(
-    config_file: ConfigFile,
-    model: Annotated[str, typer.Option(help="Checkpoint to evaluate, instead of the config's model.path.")] = "",
-    sets: Sets = None,
-) -> None:
-    """Evaluate a checkpoint on the config's held-out tasks."""
-    instead = [f"model.path={toml_value(model)}", 'model.tiny.preset=""'] if model else []
-    config = config_load.load(config_file, [*(sets or ()), *instead])
-    config_load.require(config, ("model.path|model.tiny.preset", "env.id", "eval.num_tasks"), str(config_file))
-    from keel.evaluation import evaluate_checkpoint
-
-    print(describe(evaluate_checkpoint(config)))
 
 
 @app.command("tiny-model")

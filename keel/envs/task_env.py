@@ -237,7 +237,7 @@ def _loaded(
 
 def _functions(*, reward: Any, prompt: Any, success: Any, tools: Sequence[Any], **_others: Any) -> tuple[Any, ...]:
     """The functions among the options, whose source a run keeps."""
-    rewards = [item[0] if is_weighted(item) else item for item in as_list(reward)]
+    rewards = [item[0] if isinstance(item, tuple) else item for item in as_list(reward)]
     made = [getattr(item, "function", item) for item in tools]
     return tuple(function for function in (prompt, *rewards, success, *made) if callable(function))
 

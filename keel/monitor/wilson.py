@@ -22,14 +22,16 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
         raise ValueError(
             f"wilson_interval: got {successes} successes of {trials}; needs 0 <= successes <= trials, trials > 0"
         )
-    rate = successes / trials
+    return score_interval(successes / trials, trials, z)
+
+
+def score_interval(rate: float, trials: float, z: float = Z_95) -> tuple[float, float]:
+    """The same for an observed rate and a number of trials that need not be whole."""
     shrink = 1.0 / (1.0 + z * z / trials)
     center = shrink * (rate + z * z / (2 * trials))
     half = shrink * z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    # At 0 and n successes the bound is 0 and 1 exactly; the sum above only comes close.
-    low = 0.0 if successes == 0 else center - half
-    high = 1.0 if successes == trials else center + half
-    return low, high
+    # At rates 0 and 1 the bound is 0 and 1 exactly; the sum above only comes close.
+    return 0.0 if rate == 0.0 else center - half, 1.0 if rate == 1.0 else center + half
 
 
 def success_metrics(successes: int, trials: int) -> dict[str, float]:

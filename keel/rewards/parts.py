@@ -20,14 +20,14 @@ from typing import Any
 from keel import plugins
 from keel.chat.base import Reply
 from keel.rewards.base import RewardError
-from keel.types import Message, Task, Trajectory, Turn
+from keel.types import Message, Task, Trajectory, Turn, UserFault
 
 RewardLike = str | Callable[..., Any]
 Rewards = RewardLike | Sequence[RewardLike | tuple[RewardLike, float]]
 _TRL_OWN = ("prompts", "completions", "completion_ids")
 
 
-class RewardDeclarationError(TypeError):
+class RewardDeclarationError(UserFault, TypeError):
     """Something given as a reward cannot be one; says what, and what a reward looks like."""
 
 

@@ -116,14 +116,20 @@ class Collector:
         """Metrics of the step that `next_groups` returned last: `rollout_metrics`, and the wait for it."""
         return self._metrics
 
-    def collect_eval(self, tasks: Sequence[Task], *, temperature: float, seed: int) -> list[Trajectory]:
-        """One attempt at each task, in their order. The same seed draws the same numbers, at any time of a run.
+    def collect_eval(
+        self, tasks: Sequence[Task], *, temperature: float, seed: int, attempts: int = 1
+    ) -> list[Trajectory]:
+        """`attempts` at each task, one task after the other.
 
-        Raises RolloutError if every attempt failed.
+        The same seed draws the same numbers, at any time of a run. Raises RolloutError if every attempt failed.
         """
         settings = replace(self._settings, sampling=replace(self._settings.sampling, temperature=temperature))
-        attempts = [Attempt(task, f"eval{i:05d}", 0, seed, _EVAL_STEP) for i, task in enumerate(tasks)]
-        return self.loop.run(self._run(attempts, settings)) if attempts else []
+        planned = [
+            Attempt(task, f"eval{index:05d}", attempt, seed, _EVAL_STEP)
+            for index, task in enumerate(tasks)
+            for attempt in range(attempts)
+        ]
+        return self.loop.run(self._run(planned, settings)) if planned else []
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint: which step comes next and where in the tasks it begins."""

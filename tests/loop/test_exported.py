@@ -19,8 +19,7 @@ from keel.cli import app
 from keel.config import ChatConfig, RolloutConfig, TrainConfig
 from keel.envs.base import Env
 from keel.envs.load import env_factory
-from keel.evaluation import EvaluationError, evaluate, evaluate_checkpoint
-from keel.monitor.live import describe
+from keel.evaluation import EvaluationError, evaluate, measure_tasks
 from keel.types import Task, Trajectory
 
 NUM_EPISODES = 24
@@ -99,12 +98,13 @@ def test_an_evaluation_of_the_weights_is_the_runs_last(warm_run, warm_weights):
     config = run_config(run, weights)
     evaluations = json.loads((run / "summary.json").read_text())["eval"]
     assert list(evaluations) == ["initial", "after_warm_start", "final"]
-    found = evaluate_checkpoint(config)
+    result = evaluate(config)
+    found = result.metrics
     assert found == {name: value for name, value in evaluations["final"].items() if name != "step"}
     assert found != {name: value for name, value in evaluations["after_warm_start"].items() if name != "step"}
     told = CliRunner().invoke(app, ["eval", str(run / "config.toml"), "--model", weights])
     assert told.exit_code == 0, told.output
-    assert describe(found) in told.output
+    assert str(result) in told.output
 
 
 def test_metrics_are_those_of_the_episodes(warm_run, warm_weights):
@@ -112,9 +112,10 @@ def test_metrics_are_those_of_the_episodes(warm_run, warm_weights):
     config = run_config(warm_run("gpt_oss"), warm_weights("gpt_oss"))
     settings = config.eval.model_copy(update={"num_tasks": 20, "temperature": 0.7, "seed": 5})
     with build_sampler(config, None) as collector:
-        found = evaluate(collector, settings)
+        found = measure_tasks(collector, settings).metrics
         episodes = collector.collect_eval(collector.tasks("eval")[:20], temperature=0.7, seed=5)
-        others = [evaluate(collector, settings.model_copy(update=u)) for u in ({"seed": 6}, {"temperature": 0.0})]
+        updates = ({"seed": 6}, {"temperature": 0.0})
+        others = [measure_tasks(collector, settings.model_copy(update=update)).metrics for update in updates]
     replies = [turn for episode in episodes for turn in episode.turns]
     successes = [episode.success is True for episode in episodes]
     assert (found["num_tasks"], found["failed"]) == (20, 0)
@@ -130,8 +131,7 @@ def test_metrics_are_those_of_the_episodes(warm_run, warm_weights):
 
 def test_a_fresh_tiny_model_can_be_evaluated(tmp_path, make_config):
     config = make_config(tmp_path / "none", "qwen3", eval={"num_tasks": 8})
-    found = evaluate_checkpoint(config)
-    assert found["num_tasks"] == 8
+    assert evaluate(config).num_tasks == 8
     assert not (tmp_path / "none").exists()
 
 
@@ -139,6 +139,6 @@ def test_evaluations_that_cannot_be_had(warm_run, warm_weights):
     config = run_config(warm_run("gpt_oss"), warm_weights("gpt_oss"))
     with build_sampler(config, None) as collector:
         with pytest.raises(EvaluationError, match="lower it"):
-            evaluate(collector, config.eval.model_copy(update={"num_tasks": 10_000}))
+            measure_tasks(collector, config.eval.model_copy(update={"num_tasks": 10_000}))
         with pytest.raises(EvaluationError, match="nothing to evaluate"):
-            evaluate(collector, config.eval.model_copy(update={"num_tasks": 0}))
+            measure_tasks(collector, config.eval.model_copy(update={"num_tasks": 0}))

@@ -52,7 +52,7 @@ AT_BORDERS = {
     "in_the_start_model": {"at": "transformers:PreTrainedTokenizerFast.save_pretrained"},
     "before_the_start_model_has_its_name": {"at": "keel.tiny_start:build_tiny_model", "how": "after"},
     "before_the_first_checkpoint": {"at": "keel.monitor.runlog:RunLog.log_step", "how": "after"},
-    "in_an_evaluation": {"at": "keel.envs.tools:Tool.call", "call": 3, "armed_by": ["keel.loop:evaluate", 3]},
+    "in_an_evaluation": {"at": "keel.envs.tools:Tool.call", "call": 3, "armed_by": ["keel.loop:measure_tasks", 3]},
     "between_evaluation_and_checkpoint": {"at": "keel.build:Parts.save", "call": SAVES_IN_WARM_START},
     "between_the_stages": {"at": "keel.learner.learner:Learner.enter", "call": 17},
     "before_the_summary": {"at": "keel.monitor.runlog:RunLog.close"},
