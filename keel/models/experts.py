@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, experts_forward
 from keel.ops.experts_tiles import experts_row_invariant
+from keel.ops.low_rank import LowRank
 
 IMPLEMENTATION = "keel"
 
@@ -70,11 +71,16 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
 
 
 def keel_experts_forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    adapters: Mapping[str, LowRank | None] | None = None,
 ) -> torch.Tensor:
     """What `transformers` calls in the place of an experts module's forward.
 
-    `hidden_states [T, Hd]`, `top_k_index [T, k]`, `top_k_weights [T, k]` -> `[T, Hd]`.
+    `hidden_states [T, Hd]`, `top_k_index [T, k]`, `top_k_weights [T, k]` -> `[T, Hd]`. `adapters` are those of its
+    parameters, by their names.
     """
     layout = getattr(module, "_keel_layout", None)
     if layout is None:
@@ -82,11 +88,14 @@ def keel_experts_forward(
         module._keel_layout = layout  # type: ignore[assignment]
     stored: Any = module
     bias = bool(getattr(stored, "has_bias", False))
+    adapters = adapters or {}
     experts = ExpertsWeights(
         stored.gate_up_proj,
         stored.gate_up_proj_bias if bias else None,
         stored.down_proj,
         stored.down_proj_bias if bias else None,
+        adapters.get("gate_up_proj"),
+        adapters.get("down_proj"),
     )
     run = experts_row_invariant if _row_invariant.get() else experts_forward
     return run(hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype), experts, layout)

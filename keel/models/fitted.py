@@ -13,11 +13,15 @@ costs a copy of two weights and leaves every q . k as it was, because q and k ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from keel.models.adapted import linear_factors, plain_linear
+from keel.ops.low_rank import LowRank, low_rank
 from keel.ops.matmul import linear
 from keel.ops.rms_norm import rms_norm
 
@@ -73,7 +77,7 @@ class _FittedAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("keel_cache") is not None
-        plain = all(type(p) is nn.Linear for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        plain = all(plain_linear(p) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
         if not (packed and plain) or past_key_values is not None or hidden_states.shape[0] != 1:
             out: tuple[torch.Tensor, None] = super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
@@ -94,25 +98,47 @@ class _FittedAttention:
             s_aux=self.sinks,
             **kwargs,
         )
-        return linear(attended[0].flatten(1), self.o_proj.weight, self.o_proj.bias)[None], None
+        attended, out_proj, factors = attended[0].flatten(1), plain_linear(self.o_proj), linear_factors(self.o_proj)
+        assert out_proj is not None
+        projected = linear(attended, out_proj.weight, out_proj.bias)
+        return (projected if factors is None else projected + low_rank(attended, factors))[None], None
 
 
 def _project_and_turn(
     attention: Any, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`hidden [T, Hd]` -> q [T, H, D], k and v [T, K, D]; q and k turned, their pairs side by side."""
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    wrapped = (attention.q_proj, attention.k_proj, attention.v_proj)
+    projections = [linear_layer for module in wrapped if (linear_layer := plain_linear(module)) is not None]
     width = attention.head_dim
     turned_rows = sum(projection.weight.shape[0] for projection in projections[:2])
     num_heads, num_kv_heads = (projection.weight.shape[0] // width for projection in projections[:2])
-    weight = torch.cat([_paired(p.weight, width) for p in projections[:2]] + [attention.v_proj.weight])
+    weight = torch.cat([_paired(p.weight, width) for p in projections[:2]] + [projections[2].weight])
     bias = None
-    if attention.q_proj.bias is not None:
-        bias = torch.cat([_paired(p.bias, width) for p in projections[:2]] + [attention.v_proj.bias])
-    both, value = linear(hidden, weight, bias).split([turned_rows, num_kv_heads * width], dim=-1)
+    if projections[0].bias is not None:
+        bias = torch.cat([_paired(p.bias, width) for p in projections[:2]] + [projections[2].bias])
+    projected = linear(hidden, weight, bias)
+    factors = [linear_factors(module) for module in wrapped]
+    if any(factors):
+        projected = projected + _additions(hidden, projections, factors, width)
+    both, value = projected.split([turned_rows, num_kv_heads * width], dim=-1)
     turned = _turn(both.unflatten(-1, (num_heads + num_kv_heads, width // 2, 2)), position_embeddings)
     query, key = turned.split([num_heads, num_kv_heads], dim=1)
     return query, key, value.unflatten(-1, (num_kv_heads, width))
+
+
+def _additions(
+    hidden: torch.Tensor, projections: Sequence[nn.Linear], factors: Sequence[LowRank | None], width: int
+) -> torch.Tensor:
+    """What the adapters of q, k and v add to their product, `[T, (H + 2 K) * D]`, in its order."""
+    parts = []
+    for index, (projection, own) in enumerate(zip(projections, factors, strict=True)):
+        if own is None:
+            parts.append(hidden.new_zeros(hidden.shape[0], projection.weight.shape[0]))
+            continue
+        turned = own if index == 2 else replace(own, up=_paired(own.up.t(), width).t())
+        parts.append(low_rank(hidden, turned))
+    return torch.cat(parts, dim=-1)
 
 
 def _paired(rows: torch.Tensor, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,11 @@ import torch
 from torch import nn
 
 from keel.models import experts as keel_experts
+from keel.models.adapted import adapter_off
+from keel.models.adapter_files import AdapterError, base_model
 from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
+from keel.models.lora import Adapter, LoraOptions, put_on_adapter, save_adapter
 from keel.models.padding import PaddedRows, pad_index, pad_micro_batch
 from keel.models.progress import no_progress_bars
 from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers, replay_for_rows
@@ -51,8 +54,8 @@ class TokenOutputs:
 class PolicyModel(nn.Module):
     """A causal language model as tokens in, log-probs out.
 
-    `model` is the `transformers` module, `info` its sizes. Parameters have the compute type; float32 masters, where
-    they differ, belong to the optimizer.
+    `model` is the `transformers` module, `info` its sizes, `adapter` what is known of its adapter, if it has one.
+    Parameters have the compute type; float32 masters, where they differ, belong to the optimizer.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.info: ModelInfo = model_info(model.config)
         self.model = model
+        self.adapter: Adapter | None = None
         self.head_chunk_tokens = head_chunk_tokens
         self.routers = replace_routers(model)  # a tuple: registered where they stand, not a second time here
         fit_modules(model)
@@ -90,31 +94,52 @@ class PolicyModel(nn.Module):
         trust_remote_code: bool = False,
         revision: str = "",
         device: torch.device | str | None = None,
+        lora: LoraOptions | None = None,
     ) -> PolicyModel:
         """Load a Hugging Face directory or hub id; the keywords are those of the config's `model` section.
 
+        A directory with an adapter in it (PEFT's) is its base with that adapter on. `lora` of a rank above 0 puts a
+        fresh one on a model that has none, and must agree with one that is there. With an adapter, the adapter alone
+        can be trained.
+
         Returns it in evaluation mode, or in training mode if `gradient_checkpointing` asks for it (`transformers`
         checkpoints in training mode only). Raises what `transformers` raises for a path that is no model, ValueError
-        for an unknown dtype or an unusual head, NotImplementedError for experts 'keel' does not know.
+        for an unknown dtype or an unusual head, NotImplementedError for experts 'keel' does not know, AdapterError for
+        an adapter that cannot be had.
         """
         from transformers import AutoModelForCausalLM
 
         _register(attention, experts)
+        base, base_revision = base_model(path, revision)
         with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                path,
+                base,
                 dtype=_dtype(dtype),
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
-                revision=revision or "main",
-                **({} if _is_dense(path, trust_remote_code, revision) else {"experts_implementation": experts}),
+                revision=base_revision or "main",
+                **({} if _is_dense(base, trust_remote_code, base_revision) else {"experts_implementation": experts}),
             )
         if device is not None:
             model.to(device)
         policy = cls(model, head_chunk_tokens=head_chunk_tokens, gradient_checkpointing=gradient_checkpointing)
         if experts == keel_experts.IMPLEMENTATION:
             keel_experts.check(model)
+        policy.adapter = put_on_adapter(model, path, lora, revision)
         return policy
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What learning changes, by names in `model`: with an adapter its factors, else everything; tied ones once."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """In this context (and in no other thread) the policy is its base, to the bit; there is no gradient inside.
+
+        Raises AdapterError if it has no adapter.
+        """
+        if self.adapter is None:
+            raise AdapterError("without_adapter: this policy has no adapter to switch off; load it with lora=")
+        return adapter_off()
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each layer in the backward pass; the same bits. Switches to training mode."""
@@ -208,12 +233,16 @@ class PolicyModel(nn.Module):
     ) -> None:
         """Write an ordinary Hugging Face directory that plain `AutoModelForCausalLM` loads.
 
-        `state_dict` (names of `self.model`) stands in for the module's own weights, for callers whose weights are
-        sharded. `tokenizer` is saved beside them if given.
+        With an adapter, what is written is the adapter, as PEFT does it, which names its base. `state_dict` (names of
+        `self.model`) stands in for the module's own weights, for callers whose weights are sharded. `tokenizer` is
+        saved beside them if given.
         """
         options = {} if state_dict is None else {"state_dict": dict(state_dict)}
         with no_progress_bars():
-            self.model.save_pretrained(path, **options)
+            if self.adapter is None:
+                self.model.save_pretrained(path, **options)
+            else:
+                save_adapter(self.model, self.adapter, path, state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
 

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from keel.ops.low_rank import LowRank, low_rank
+
 
 class RouteRecorder:
     """Keeps each router's choice of one forward pass; recording a layer again overwrites it with the same values."""
@@ -125,6 +127,11 @@ class Router(nn.Module):
         self.weight: nn.Parameter = source.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = getattr(source, "bias", None)
 
+    def logits(self, hidden_states: torch.Tensor, adapter: LowRank | None) -> torch.Tensor:
+        """`hidden_states [T, Hd]` -> `[T, E]`, an adapter of the weight included."""
+        logits = functional.linear(hidden_states, self.weight, self.bias)
+        return logits if adapter is None else logits + low_rank(hidden_states, adapter)
+
     def choose(self, scores: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The `top_k` highest of `scores [T, E]` as (values, indices [T, k]), replayed and recorded where asked."""
         values, chosen = torch.topk(scores, self.top_k, dim=-1)
@@ -147,9 +154,11 @@ class Router(nn.Module):
 class SoftmaxOfChosenRouter(Router):
     """GPT-OSS: weights are the softmax over the chosen experts' logits."""
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, adapter: LowRank | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`hidden_states [T, Hd]` -> (logits [T, E], weights [T, k], chosen [T, k])."""
-        logits = functional.linear(hidden_states, self.weight, self.bias)
+        logits = self.logits(hidden_states, adapter)
         values, chosen = self.choose(logits, logits)
         return logits, torch.softmax(values, dim=-1), chosen
 
@@ -161,17 +170,19 @@ class ChosenOfSoftmaxRouter(Router):
         super().__init__(source, moe_layer)
         self.norm_topk_prob = bool(getattr(source, "norm_topk_prob", True))
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, adapter: LowRank | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`hidden_states [.., Hd]` -> (logits [T, E], weights [T, k], chosen [T, k])."""
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
-        logits = functional.linear(hidden_states, self.weight)
+        logits = self.logits(hidden_states, adapter)
         values, chosen = self.choose(torch.softmax(logits, dim=-1, dtype=torch.float32), logits)
         if self.norm_topk_prob:
             values = values / values.sum(dim=-1, keepdim=True)
         return logits, values.to(logits.dtype), chosen
 
 
-_DECLARED: dict[str, type[Router]] = {
+DECLARED: dict[str, type[Router]] = {
     "GptOssTopKRouter": SoftmaxOfChosenRouter,
     "Qwen3MoeTopKRouter": ChosenOfSoftmaxRouter,
 }
@@ -185,7 +196,7 @@ def replace_routers(model: nn.Module) -> tuple[Router, ...]:
     routers: list[Router] = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            declared = _DECLARED.get(type(child).__name__)
+            declared = DECLARED.get(type(child).__name__)
             if declared is not None:
                 router = declared(child, len(routers)).train(child.training)
                 setattr(parent, name, router)
