@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import keel
-from keel import cli_eval, cli_new, cli_rollout, config_load
+from keel import cli_eval, cli_new, cli_report, cli_rollout, config_load
 from keel.cli_arguments import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_problems import ConfigError
@@ -36,6 +36,8 @@ app = typer.Typer(
 # Commands that live in modules of their own; those further down are the loop's.
 app.command("new")(cli_new.new)
 app.command("rollout")(cli_rollout.rollout)
+app.command("report")(cli_report.report)
+app.command("compare")(cli_report.compare)
 app.command("eval")(cli_eval.evaluate)
 
 

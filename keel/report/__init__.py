@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from keel.report.compare import compare_data
 from keel.report.data import report_data
+from keel.report.write import write_report
 
-__all__ = ["report_data"]
+__all__ = ["compare_data", "report_data", "write_report"]

@@ -36,7 +36,7 @@ from typing import Any
 
 from keel.report import bands, findings, invariants, verdict
 from keel.report.plain import cut, number, to_json, without_secrets
-from keel.report.sampling import Page
+from keel.report.sampling import MAX_STEPS, Page
 from keel.report.series import columns
 from keel.report.source import REINFORCEMENT, alarm_rows, config_of, step_rows, whole
 from keel.report.time_spent import time_spent
@@ -50,12 +50,17 @@ MAX_CONFIG = 100_000
 
 
 def report_data(
-    run_dir: str | Path, *, budget_bytes: int | None = DEFAULT_BUDGET, live: bool = False
+    run_dir: str | Path,
+    *,
+    budget_bytes: int | None = DEFAULT_BUDGET,
+    max_steps: int = MAX_STEPS,
+    live: bool = False,
 ) -> dict[str, Any]:
     """What the report of the run in `run_dir` shows; see the module for its shape.
 
-    `budget_bytes` bounds the JSON: episodes are left out, and `sampling` says which; None leaves nothing out. Raises
-    RunDirectoryError if `run_dir` is no run. Damage inside it costs what it hit and is told of in the verdict's notes.
+    `budget_bytes` bounds the JSON, and `max_steps` the recorded steps that are read for it: episodes are left out, and
+    `sampling` says which. A budget of None leaves nothing out. Raises RunDirectoryError if `run_dir` is no run. Damage
+    inside it costs what it hit and is told of in the verdict's notes.
     """
     run = load_run(run_dir)
     config = config_of(run)
@@ -85,7 +90,7 @@ def report_data(
     }
     words = find_token_text(run, config.model.path if config is not None else "")
     room = None if budget_bytes is None else max(0, budget_bytes - len(to_json(data)))
-    page = Page(run, words, room)
+    page = Page(run, words, room, max_steps)
     data |= page.fill(rows, _troubled(alarms, found), gap_limit=100 * healthy[bands.MISMATCH].healthy_max)
     if page.checked:
         data["invariants"].append(invariants.no_failed_world_is_zero(page.checked))

@@ -29,6 +29,7 @@ from keel.monitor.rows import RunDirectoryError
 from keel.report.plain import cut, number, plain
 from keel.report.tokens import TokenText, token_streams
 from keel.runs import Run, SequenceView, StepRecord
+from keel.secrecy import scrubbed_values
 from keel.types import Message, Trajectory
 
 Json = dict[str, Any]
@@ -142,7 +143,11 @@ def messages_json(trajectory: Trajectory) -> list[Json]:
             }
         found += reply
         found += [_message(message, turn, "context") for message in exchange.observation]
-    return found[:MAX_MESSAGES]
+    if len(found) > MAX_MESSAGES:
+        left_out = Message("system", f"[... {len(found) - MAX_MESSAGES:,} messages left out of this page ...]")
+        found = [*found[: MAX_MESSAGES - 1], _message(left_out, None, "context"), found[-1]]
+    scrubbed: list[Json] = scrubbed_values(found)
+    return scrubbed
 
 
 def task_text(trajectory: Trajectory) -> str:

@@ -13,29 +13,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from keel.secrecy import scrubbed
+
 MAX_TEXT = 20_000
 """Characters of one text that a page shows; what is longer is cut in the middle, and says so."""
 HIDDEN = "[hidden: looks like a secret]"
 
-_KEYS = re.compile(
-    r"(?<![A-Za-z0-9])(?:"
-    r"sk-[A-Za-z0-9_-]{16,}"  # OpenAI and others of its kind
-    r"|hf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
-    r"|glpat-[A-Za-z0-9_-]{16,}"
-    r"|xox[abprs]-[A-Za-z0-9-]{10,}"  # Slack
-    r"|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}"  # AWS, Google
-    r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"  # a JSON web token
-    r")"
-)
 _SECRET_NAME = re.compile(
-    r"(?:^|[_\-.])(?:api_?key|access_?key|secret|secret_?key|password|passwd|credentials?|private_?key|auth"
-    r"|(?:[a-z0-9]+_)?token|bearer)$",
+    r"(?:^|[_\-.])(?:(?:api|access|secret|private|auth)_?key|secret|passw(?:or)?d|passphrase|credentials?|bearer"
+    r"|(?:api|auth|access|bearer|refresh|hf|hub|github|session|bot)_?token)$|^token$",
     re.IGNORECASE,
 )
 # `name = "value"`, as a line of TOML or within an inline table.
 _ASSIGNED = re.compile(r"""(?P<name>[A-Za-z0-9_.\-]+)"?(?P<sign>\s*=\s*)(?P<value>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')""")
-_URL_PASSWORD = re.compile(r"(?P<head>\b[a-z][a-z0-9+.\-]*://[^\s/@:\"']*:)[^\s/@\"']+(?=@)", re.IGNORECASE)
 
 
 def cut(text: str, limit: int = MAX_TEXT) -> str:
@@ -47,15 +37,16 @@ def cut(text: str, limit: int = MAX_TEXT) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with what looks like a key, token or password replaced: by its form, or by the option's name."""
+    """`text` without what looks like a key, token or password: by its form, its value, or its option's name.
+
+    A run directory of Keel's own holds none (`keel.secrecy`); one made by hand or by others may.
+    """
 
     def assigned(match: re.Match[str]) -> str:
         named_so = _SECRET_NAME.search(match["name"]) and len(match["value"]) > 2
         return f'{match["name"]}{match["sign"]}"{HIDDEN}"' if named_so else match[0]
 
-    text = _ASSIGNED.sub(assigned, text)
-    text = _URL_PASSWORD.sub(lambda match: match["head"] + HIDDEN, text)
-    return _KEYS.sub(HIDDEN, text)
+    return scrubbed(_ASSIGNED.sub(assigned, text))
 
 
 def number(value: Any, digits: int = 6) -> int | float | None:

@@ -21,6 +21,8 @@ from keel.runs import Run
 
 MAX_STEPS = 24
 """Steps read for one page: each costs about ten milliseconds for 256 short episodes."""
+MAX_READ_BYTES = 400_000_000
+"""Records read for one page: long episodes make large records, and all that is read is held at once."""
 MAX_ALARM_STEPS = 6
 CHOSEN_SHARE = 3
 """The three chosen episodes together may take one part in so many of the room."""
@@ -52,10 +54,11 @@ def steps_in_order(
 class Page:
     """Fills `steps` and `episodes` of the report, within `budget_bytes` of JSON (None: everything)."""
 
-    def __init__(self, run: Run, words: TokenText | None, budget_bytes: int | None) -> None:
+    def __init__(self, run: Run, words: TokenText | None, budget_bytes: int | None, max_steps: int) -> None:
         self.run = run
         self.words = words
         self.room = budget_bytes
+        self.max_steps = max_steps
         self.shown: dict[int, dict[int, Json]] = {}
         self.tokens_left_out = 0
         self.checked: list[bool] = []
@@ -63,8 +66,8 @@ class Page:
 
     def fill(self, rows: Sequence[Row], troubled: Iterable[int], *, gap_limit: float = OUTLIER_NATS) -> dict[str, Any]:
         """`{"steps", "episodes", "sampling"}` of the run's records."""
-        order = steps_in_order(self.run.steps, rows, troubled, None if self.room is None else MAX_STEPS)
-        steps = [step for number_ in order if (step := read_step(self.run, number_)) is not None]
+        order = steps_in_order(self.run.steps, rows, troubled, None if self.room is None else self.max_steps)
+        steps = self._read(order)
         self.checked = [step.is_matched for step in steps if step.record is not None]
         chosen = choose(candidates(steps), max(gap_limit, OUTLIER_NATS))
         by_number = {step.number: step for step in steps}
@@ -78,6 +81,17 @@ class Page:
             "episodes": _episodes(chosen),
             "sampling": self._said(steps, chosen),
         }
+
+    def _read(self, order: Sequence[int]) -> list[RecordedStep]:
+        """The steps of `order` that can be read, until their records together are larger than a page needs."""
+        steps, size = [], 0
+        for place, step in enumerate(order):
+            size += _bytes_of(self.run, step)
+            if self.room is not None and place > 0 and size > MAX_READ_BYTES:
+                break
+            if (read := read_step(self.run, step)) is not None:
+                steps.append(read)
+        return steps
 
     def _fill_step(self, step: RecordedStep, share: int | None) -> None:
         floor = None if self.room is None or share is None else self.room - share
@@ -147,6 +161,11 @@ def _episodes(chosen: Mapping[str, tuple[Candidate, str]]) -> dict[str, Any]:
     names = ("best", "worst", "strangest")
     refs: dict[str, Any] = {name: chosen[name][0].ref if name in chosen else None for name in names}
     return refs | {"why": {name: chosen[name][1] for name in names if name in chosen}}
+
+
+def _bytes_of(run: Run, step: int) -> int:
+    file = run.paths.steps / f"{step:06d}.safetensors"
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _spread(step: RecordedStep, indices: Sequence[int]) -> float:
