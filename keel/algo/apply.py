@@ -33,7 +33,7 @@ def add_advantages(
     Metrics: `advantage/zero_share` (share of groups whose attempts are all alike: no signal), `advantage/groups`.
     Raises ValueError if the function changes the shape or returns a non-finite value.
     """
-    per_trajectory = torch.zeros_like(batch.rewards, dtype=torch.float32)
+    per_trajectory = torch.zeros_like(batch.rewards)
     counted = torch.ones_like(batch.trajectory_to_group, dtype=torch.bool)
     if batch.rejected is not None and not rejected_in_baseline:
         counted = ~batch.rejected
@@ -99,22 +99,15 @@ def _rejected(inputs: CorrectionInputs, masks: torch.Tensor, batch: PackedBatch)
 
 
 def _left(batch: PackedBatch, rejected: torch.Tensor) -> dict[str, float]:
-    """What whole-trajectory rejection cost: shares of trajectories, of groups, and of those better than their group."""
-    if not bool(rejected.any()):
-        return {
-            "correction/rejected_share": 0.0,
-            "correction/rejected_better_share": 0.0,
-            "correction/empty_groups": 0.0,
-        }
-    sums = torch.zeros(batch.num_groups).index_add(0, batch.trajectory_to_group, batch.rewards)
-    sizes = torch.zeros(batch.num_groups).index_add(0, batch.trajectory_to_group, torch.ones_like(batch.rewards))
-    better = batch.rewards > (sums / sizes.clamp(min=1))[batch.trajectory_to_group]
-    present = batch.trajectory_to_group.unique()
-    left = batch.trajectory_to_group[~rejected].unique()
+    """What whole-trajectory rejection cost: shares of trajectories, and of those better than their group; groups."""
+    rewards, group = batch.rewards, batch.trajectory_to_group
+    sums = rewards.new_zeros(batch.num_groups).index_add(0, group, rewards)
+    sizes = rewards.new_zeros(batch.num_groups).index_add(0, group, torch.ones_like(rewards))
+    better = rewards > (sums / sizes.clamp(min=1))[group]
     return {
         "correction/rejected_share": float(rejected.float().mean()),
         "correction/rejected_better_share": float((rejected & better).sum() / better.sum().clamp(min=1)),
-        "correction/empty_groups": float(len(present) - len(left)),
+        "correction/empty_groups": float(len(group.unique()) - len(group[~rejected].unique())),
     }
 
 

@@ -89,9 +89,9 @@ def compose(corrections: Sequence[BoundCorrection], inputs: CorrectionInputs) ->
         if result.keep is not None:
             keep = result.keep if keep is None else keep & result.keep
         shown = inputs.loss_mask
-        metrics |= {
-            name: torch.where(shown, values, torch.zeros_like(values)) for name, values in result.metrics.items()
-        }
+        for name, values in result.metrics.items():
+            seen = torch.where(shown, values, torch.zeros_like(values))
+            metrics[name] = metrics[name] + seen if name == "masked_share" and name in metrics else seen
         if result.keep is not None:
             inputs = replace(inputs, loss_mask=shown & result.keep)
     return Correction(weights, metrics, keep)
