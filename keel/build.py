@@ -259,6 +259,7 @@ def load_policy(model: ModelConfig, device: torch.device) -> PolicyModel:
         experts=model.experts,
         head_chunk_tokens=model.head_chunk_tokens,
         trust_remote_code=model.trust_remote_code,
+        lora=model.lora,
         revision=model.revision,
         device=device,
     )

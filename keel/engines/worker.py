@@ -63,6 +63,7 @@ def _load(spec: WorkerSpec) -> EmbeddedEngine:
         experts=model.experts,
         head_chunk_tokens=model.head_chunk_tokens,
         trust_remote_code=model.trust_remote_code,
+        lora=model.lora,
         revision=model.revision,
         device=spec.device,
     )

@@ -22,6 +22,7 @@ from keel.learner.gradient import Objective, update_metrics
 from keel.learner.optim import MasterAdamW, learning_rate
 from keel.learner.randomness import seed_random_states
 from keel.learner.stats import Stats
+from keel.models.adapter_files import AdapterError
 from keel.models.policy import PolicyModel
 from keel.sync.base import WeightSource
 from keel.sync.transports import write_weights
@@ -48,7 +49,10 @@ class Learner:
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
     ) -> None:
-        """Load the policy of `model` onto `device`. `seed` seeds the process's global generators."""
+        """Load the policy of `model` onto `device`. `seed` seeds the process's global generators.
+
+        Raises AdapterError for an adapter that cannot be had, or one that is there without `model.lora` asking for it.
+        """
         seed_random_states(seed)
         self.config = model
         self.recompute_every = learner.recompute_every
@@ -64,11 +68,18 @@ class Learner:
             trust_remote_code=model.trust_remote_code,
             revision=model.revision,
             device=self.device,
+            lora=model.lora,
         )
+        if self.policy.adapter is not None and model.lora.rank == 0:
+            raise AdapterError(
+                f"{model.path} holds an adapter of rank {self.policy.adapter.rank} on {self.policy.adapter.base}, and "
+                "model.lora.rank is 0; set it to that rank to train the adapter on, or export the run it is from "
+                "with --merged and start from that"
+            )
         if self.ranks.mesh is not None:
             shard_policy(self.policy, _layers(self.policy), self.ranks.mesh)
         # Taken once: while a sharded module runs, its attributes are gathered copies.
-        self._parameters = dict(self.policy.model.named_parameters())
+        self._parameters = self.policy.trained_parameters()
         self.optimizer = MasterAdamW(self._parameters, self.ranks)
         self.step = 0
         self.version = 0
@@ -79,12 +90,13 @@ class Learner:
         self._serial = 0
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The policy's parameters by their names in `policy.model`; tied ones once."""
+        """Parameters that are trained (of an adapter, it alone) by their names in `policy.model`; tied ones once."""
         return self._parameters
 
     def enter(self, stage: Stage) -> None:
         """Begin `stage`: fresh moments, fresh schedule, and, with a KL penalty, the present weights as the reference.
 
+        The reference of an adapter is the model without it, of which there is no second copy.
         Entering the stage one is in (after a resume) keeps all three and takes over changed options. Raises
         LearnerError if `step` is not one of the stage's, PluginError for a plug-in that does not exist or options it
         does not take.
@@ -104,7 +116,7 @@ class Learner:
         else:
             self.optimizer.reset(stage.optim)
             self.reference = None
-        if not self._objective.needs_reference:
+        if not self._objective.needs_reference or self.policy.adapter is not None:
             self.reference = None
         elif self.reference is None:
             if same and self.step > stage.first_step:
@@ -264,6 +276,10 @@ class Learner:
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
         """In this context the policy has the reference's weights; afterwards its own again, to the bit."""
+        if self.policy.adapter is not None:
+            with self.policy.without_adapter():
+                yield
+            return
         assert self.reference is not None
         pairs = [(self._local(p), self.reference[name]) for name, p in self.parameters().items()]
         own = [local.clone() for local, _ in pairs]

@@ -37,11 +37,11 @@ TOKENIZER_FILES = (
 
 
 def export(learner: Learner, path: Path) -> None:
-    """Write the policy as a Hugging Face directory; every rank must call it, the first one writes."""
+    """Write the policy, or its adapter, as a Hugging Face directory; every rank must call it, the first one writes."""
     whole = {name: learner.ranks.gather(learner.ranks.local(p.detach()), p.detach()) for name, p in _named(learner)}
     if learner.ranks.first:
         path.mkdir(parents=True, exist_ok=True)
-        learner.policy.save(path, state_dict=_with_tied(learner, whole))
+        learner.policy.save(path, state_dict=whole if learner.policy.adapter else _with_tied(learner, whole))
         config = learner.config
         copy_tokenizer(config.path, path, trust_remote_code=config.trust_remote_code, revision=config.revision)
     learner.ranks.barrier()

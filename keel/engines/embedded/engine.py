@@ -166,7 +166,7 @@ class EmbeddedEngine:
                 f"({'it shares' if self.shares_weights else 'it does not share'} the learner's storage)"
             )
         if source.kind == "file":
-            read_weights(source.location, dict(self.policy.model.named_parameters()))
+            read_weights(source.location, self.policy.trained_parameters())
         for job in self._scheduler.jobs():
             keep_routes(job, self._table, self._cache)
             if job.slot >= 0:
