@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from keel.envs.base import Env, Step
     from keel.envs.task_env import task_env
     from keel.envs.tools import tool
+    from keel.evaluation import evaluate
+    from keel.evaluation_result import EvaluationResult
     from keel.monitor.runlog import RunSummary
     from keel.runs import Run, StepRecord, load_record, load_run
     from keel.signal_check import rollout
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Env",
+    "EvaluationResult",
     "Group",
     "Message",
     "Reply",
@@ -39,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "__version__",
+    "evaluate",
     "load_config",
     "load_record",
     "load_run",
@@ -51,6 +55,7 @@ __all__ = [
 
 _HOMES = {
     "Env": "keel.envs.base:Env",
+    "EvaluationResult": "keel.evaluation_result:EvaluationResult",
     "Group": "keel.types:Group",
     "Message": "keel.types:Message",
     "Reply": "keel.chat.base:Reply",
@@ -63,6 +68,7 @@ _HOMES = {
     "ToolSpec": "keel.types:ToolSpec",
     "TrainConfig": "keel.config:TrainConfig",
     "Trajectory": "keel.types:Trajectory",
+    "evaluate": "keel.evaluation:evaluate",
     "load_config": "keel.config_load:load",
     "load_record": "keel.runs:load_record",
     "load_run": "keel.runs:load_run",

@@ -78,7 +78,7 @@ def evaluate(  # noqa: PLR0913 (a knob each, and all but the first by name)
     if record and evaluated.run is None:
         raise EvaluationError("record=True puts the result into a run's directory; give the run instead of a config")
     began = time.time()
-    with configured(evaluated.config, env=env, reward=reward, needs=NEEDED) as config:
+    with configured(evaluated.config, env=env, reward=reward, needs=NEEDED, learns=False) as config:
         from keel.build import build_sampler
 
         with build_sampler(config, None) as collector:

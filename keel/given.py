@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keel import config_load, plugins
-from keel.config import Plugin, TrainConfig
+from keel.config import AlgoConfig, Plugin, TrainConfig
 from keel.config_plugins import check_plugins
 from keel.config_problems import ConfigError, Problem, Where
 from keel.envs.base import Env
@@ -36,13 +36,17 @@ def configured(
     reward: Any = None,
     loss: Any = None,
     needs: Sequence[str] = RUNNABLE,
+    learns: bool = True,
 ) -> Iterator[TrainConfig]:
     """The checked config, with the objects given in place of its own; they are held until the block ends.
 
-    `needs` are options that it must have (see `config_load.require`). Raises ConfigError with every fault of the
-    config, PluginError for an object that cannot be what it is given as.
+    `needs` are options that it must have (see `config_load.require`). What only samples has `learns` False: the config
+    comes without its `[algo]`, so that a run's loss need not be found to evaluate the run. Raises ConfigError with every
+    fault of the config, PluginError for an object that cannot be what it is given as.
     """
     read, where = read_config(config)
+    if not learns:
+        read = read.model_copy(update={"algo": AlgoConfig()})
     given = _given(env=env, reward=reward, loss=loss)
     names = {kind: item if isinstance(item, str) else plugins.name_of(item) for kind, item in given.items()}
     held = {(ROOMS[kind], names[kind]): item for kind, item in given.items() if not isinstance(item, str)}

@@ -68,7 +68,7 @@ class Run:
         """
         try:
             return config_load.parse(self.config_text, str(self.paths.config), resolve_plugins=False)
-        except ConfigError as error:
+        except (ConfigError, RecursionError) as error:
             raise RunDirectoryError(f"{error}\n    fix: read this run with the Keel that wrote it") from error
 
     @cached_property
