@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from keel.models import experts as keel_experts
+from keel.models import mxfp4
 from keel.models.adapted import adapter_off
 from keel.models.adapter_files import AdapterError, base_model
 from keel.models.fitted import fit_modules
@@ -106,11 +107,18 @@ class PolicyModel(nn.Module):
         checkpoints in training mode only). Raises what `transformers` raises for a path that is no model, ValueError
         for an unknown dtype or an unusual head, NotImplementedError for experts 'keel' does not know, AdapterError for
         an adapter that cannot be had.
+
+        MXFP4 weights are read as `dtype`, exactly; other quantized ones are refused with a ValueError. Code that lies
+        beside a model is not run unless `trust_remote_code` says so.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         _register(attention, experts)
         base, base_revision = base_model(path, revision)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, revision=base_revision or "main")
+        options = mxfp4.loading_options(config)
+        if model_info(config).num_experts:
+            options["experts_implementation"] = experts
         with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 base,
@@ -118,8 +126,10 @@ class PolicyModel(nn.Module):
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 revision=base_revision or "main",
-                **({} if _is_dense(base, trust_remote_code, base_revision) else {"experts_implementation": experts}),
+                **options,
             )
+        if "quantization_config" in options:
+            mxfp4.finish_reading(model, _dtype(dtype))
         if device is not None:
             model.to(device)
         policy = cls(model, head_chunk_tokens=head_chunk_tokens, gradient_checkpointing=gradient_checkpointing)
@@ -237,7 +247,9 @@ class PolicyModel(nn.Module):
         `self.model`) stands in for the module's own weights, for callers whose weights are sharded. `tokenizer` is
         saved beside them if given.
         """
-        options = {} if state_dict is None else {"state_dict": dict(state_dict)}
+        options = mxfp4.saving_options(self.model)
+        if state_dict is not None:
+            options["state_dict"] = dict(state_dict)
         with no_progress_bars():
             if self.adapter is None:
                 self.model.save_pretrained(path, **options)
@@ -307,13 +319,6 @@ def _register(attention: str, experts: str) -> None:
         keel_attention.register()
     if experts == keel_experts.IMPLEMENTATION:
         keel_experts.register()
-
-
-def _is_dense(path: str | Path, trust_remote_code: bool, revision: str) -> bool:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")
-    return model_info(config).num_experts == 0
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
