@@ -42,7 +42,10 @@ def rollout(
     no_learner: Annotated[
         bool, typer.Option("--no-learner", help="Leave out the learner's pass, for a model that does not fit.")
     ] = False,
-    model: Annotated[str, typer.Option(help="Weights to sample from, instead of the config's model.path.")] = "",
+    model: Annotated[str, typer.Option(help="Weights to judge as they are, instead of the config's model.")] = "",
+    no_warm_start: Annotated[
+        bool, typer.Option("--no-warm-start", help="Leave out the warm start that the config begins with.")
+    ] = False,
     sets: Sets = None,
 ) -> None:
     """Play some episodes and tell whether there is a signal to learn from, and what a step would take."""
@@ -57,7 +60,8 @@ def rollout(
         print(f"{num_episodes} episodes are not whole groups of {size}: playing {num_tasks * size}")
     from keel import signal_check
 
-    result = signal_check.rollout(config, num_tasks=num_tasks, with_learner=not no_learner)
+    warm_start = not (model or no_warm_start)
+    result = signal_check.rollout(config, num_tasks=num_tasks, with_learner=not no_learner, warm_start=warm_start)
     if sys.stdout.isatty():
         print_result(result, Console(highlight=False), whole=show)
     else:

@@ -15,36 +15,48 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keel.monitor.exhausted import told_if_exhausted
+from keel.monitor.live import open_display
 from keel.monitor.memory import machine_bytes, resident_bytes
+from keel.monitor.progress import Progress
 from keel.signal_result import MemoryUse, Projection, RolloutResult, episode_parts, episode_to_show
 from keel.types import Group, Trajectory
 
 if TYPE_CHECKING:
+    from keel.batch import PackedBatch
     from keel.build import Parts
-    from keel.config import ModelConfig, TrainConfig
+    from keel.config import ModelConfig, Stage, TrainConfig
     from keel.given import ConfigSource
     from keel.rollouts.collector import Collector
 
 
 def rollout(
-    config: ConfigSource, *, num_tasks: int = 4, env: Any = None, reward: Any = None, with_learner: bool = True
+    config: ConfigSource,
+    *,
+    num_tasks: int = 4,
+    env: Any = None,
+    reward: Any = None,
+    with_learner: bool = True,
+    warm_start: bool = True,
 ) -> RolloutResult:
     """Play `rollout.group_size` attempts at each of `num_tasks` training tasks, and judge what there is to learn.
 
-    `env` and `reward` stand in for the config's, as in `keel.train`. `with_learner` packs the groups and runs them
-    through the learner once, without applying anything; without it no optimizer is made, and a model fits that can
-    only be sampled from. The policy is the one at the start: no warm start has happened. Raises ConfigError, and
-    ValueError for less than one task; failing episodes are part of the result.
+    `env` and `reward` stand in for the config's, as in `keel.train`. The policy is the one that reinforcement begins
+    with: a warm start that the config asks for is gone through first, unless `warm_start` is False. `with_learner`
+    packs the groups and runs them through the learner once, without applying anything; without it there is no warm
+    start and no optimizer, and a model fits that can only be sampled from. Nothing is kept but the result.
+
+    Raises ConfigError, and ValueError for less than one task; failing episodes are part of the result.
     """
     if num_tasks < 1:
         raise ValueError(f"rollout: num_tasks got {num_tasks}; needs at least 1")
     from keel.given import configured
 
     with configured(config, env=env, reward=reward) as checked:
-        return _measure(checked, num_tasks, with_learner)
+        return _measure(checked, num_tasks, with_learner=with_learner, warm_start=with_learner and warm_start)
 
 
-def _measure(config: TrainConfig, num_tasks: int, with_learner: bool) -> RolloutResult:
+def _measure(config: TrainConfig, num_tasks: int, *, with_learner: bool, warm_start: bool) -> RolloutResult:
     from keel.build import prepare, starting_model
     from keel.chat.tokenizer import as_chat_tokenizer, load_tokenizer
     from keel.device import describe_device, resolve_device
@@ -52,16 +64,20 @@ def _measure(config: TrainConfig, num_tasks: int, with_learner: bool) -> Rollout
 
     factory = prepare(config, None)
     before = resident_bytes()
-    device = resolve_device(config.device)
-    with tempfile.TemporaryDirectory(prefix="keel-rollout-") as root:
+    device, progress = resolve_device(config.device), Progress()
+    with tempfile.TemporaryDirectory(prefix="keel-rollout-") as root, told_if_exhausted(config, progress):
         model = starting_model(config, factory, Path(root))
         started = _started_from(config, model)
         plan = make_plan(started)
+        check = _for_check(started, num_tasks, warm_start=warm_start)
         learned: dict[str, float] = {}
-        with _parts(_for_check(started, num_tasks), with_learner) as (collector, parts):
+        with _parts(check, with_learner) as (collector, parts):
+            if parts is not None:
+                _warm_up(check, parts, progress)
+            progress.enter("collect")
             groups, metrics, notes = _collect(collector, num_tasks)
             if parts is not None and any(group.kept for group in groups):
-                learned = _learn(_for_check(started, num_tasks), parts, groups)
+                learned = _learn(check, parts, groups, progress)
         tokenizer = as_chat_tokenizer(load_tokenizer(model.path, revision=model.revision))
         shown = episode_to_show(groups)
         card_peak, card = _card_memory(device)
@@ -73,7 +89,7 @@ def _measure(config: TrainConfig, num_tasks: int, with_learner: bool) -> Rollout
             shown=shown,
             episode=episode_parts(shown, tokenizer.decode),
             device=describe_device(device),
-            notes=(*_notes(config, num_tasks), *notes),
+            notes=(*_notes(config, num_tasks, warm_start=warm_start), *notes),
         )
 
 
@@ -83,13 +99,13 @@ def _started_from(config: TrainConfig, model: ModelConfig) -> TrainConfig:
     return config.model_copy(update={"model": model.model_copy(update={"tiny": tiny})})
 
 
-def _for_check(config: TrainConfig, num_tasks: int) -> TrainConfig:
-    """`config` for one step of `num_tasks` groups: no stage before it, nothing in the background, all checks on."""
+def _for_check(config: TrainConfig, num_tasks: int, *, warm_start: bool) -> TrainConfig:
+    """`config` for one step of `num_tasks` groups, with nothing in the background and all checks on."""
     return config.model_copy(
         update={
             "steps": max(1, config.steps),
             "rollout": config.rollout.model_copy(update={"groups_per_step": num_tasks, "max_staleness": 0}),
-            "warm_start": config.warm_start.model_copy(update={"steps": 0}),
+            "warm_start": config.warm_start if warm_start else config.warm_start.model_copy(update={"steps": 0}),
             "learner": config.learner.model_copy(update={"recompute_every": 1}),
         }
     )
@@ -104,8 +120,24 @@ def _parts(config: TrainConfig, with_learner: bool) -> Iterator[tuple[Collector,
             yield collector, None
         return
     with assemble(config, prepare(config, None), config.model) as parts:
-        parts.publish()
         yield parts.collector, parts
+
+
+def _warm_up(config: TrainConfig, parts: Parts, progress: Progress) -> None:
+    """Take the steps before reinforcement, as `keel train` takes them, and give the engine the weights."""
+    from keel.loop import take_updates
+
+    for stage in config.stages()[:-1]:
+        source = parts.sources[stage.name]
+        display = open_display(config.log.live, "keel rollout")
+        with contextlib.closing(display):
+            display.begin(stage.name, stage.num_steps)
+            for step in range(stage.num_steps):
+                parts.learner.enter(stage)
+                batch = _batch(config, parts, stage, source.next_groups(step), progress)
+                updates, _, _ = take_updates(parts.learner, parts.monitor, batch, progress)
+                display.step(stage.name, step, updates[-1].metrics)
+    parts.publish()
 
 
 def _collect(collector: Collector, num_tasks: int) -> tuple[list[Group], dict[str, float], list[str]]:
@@ -133,20 +165,30 @@ def _grouped(trajectories: Sequence[Trajectory]) -> list[Group]:
     return [Group(name, found[0].task, tuple(found)) for name, found in members.items()]
 
 
-def _learn(config: TrainConfig, parts: Parts, groups: Sequence[Group]) -> dict[str, float]:
+def _learn(config: TrainConfig, parts: Parts, groups: Sequence[Group], progress: Progress) -> dict[str, float]:
     """Metrics of the learner's work on the groups, as a training step does it, without its optimizer steps."""
-    from keel.batch import pack
-    from keel.loop import corrected, mean_metrics, with_advantages
+    from keel.loop import mean_metrics
 
-    (stage,) = config.stages()
+    stage = config.stages()[-1]
     parts.learner.enter(stage)
+    parts.make_room()
     began = time.perf_counter()
-    batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
-    batch = parts.learner.score(batch)
-    batch = corrected(batch, stage.algo)
-    batch = with_advantages(batch, stage.algo)
+    batch = _batch(config, parts, stage, groups, progress)
+    progress.enter("backward")
     updates = [parts.learner.backward(batch, index) for index in range(batch.num_updates)]
     return {**mean_metrics(updates), "time/learn_s": time.perf_counter() - began}
+
+
+def _batch(config: TrainConfig, parts: Parts, stage: Stage, groups: Sequence[Group], progress: Progress) -> PackedBatch:
+    """The groups as a training step hands them to its updates."""
+    from keel.batch import pack
+    from keel.loop import corrected, with_advantages
+    from keel.records import largest_sizes
+
+    batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
+    progress.enter("score", **largest_sizes(batch))
+    batch = parts.learner.score(batch)
+    return with_advantages(corrected(batch, stage.algo), stage.algo)
 
 
 def _project(config: TrainConfig, num_tasks: int, metrics: dict[str, float], learned: dict[str, float]) -> Projection:
@@ -161,13 +203,11 @@ def _project(config: TrainConfig, num_tasks: int, metrics: dict[str, float], lea
     )
 
 
-def _notes(config: TrainConfig, num_tasks: int) -> list[str]:
+def _notes(config: TrainConfig, num_tasks: int, *, warm_start: bool) -> list[str]:
     notes = []
     if config.warm_start.steps:
-        notes.append(
-            f"this is the policy before its {config.warm_start.steps} steps of warm start; to judge the one after, "
-            "give a checkpoint's weights: keel rollout RUN.toml --model runs/.../checkpoints/<step>/weights"
-        )
+        when = "after" if warm_start else "before, or without,"
+        notes.append(f"the policy is the one {when} the {config.warm_start.steps} steps of warm start")
     episodes, slots = num_tasks * config.rollout.group_size, config.engine.slots
     if episodes < slots and num_tasks < config.rollout.groups_per_step:
         notes.append(

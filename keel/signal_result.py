@@ -141,19 +141,13 @@ class RolloutResult:
             ("truncated episodes", self._told(seen.truncated_share, "truncated")),
             ("failed episodes", self._told(seen.failed_share, "failed")),
         ]
-        took = metrics["time/rollout_s"]
+        took, per_s = metrics["time/rollout_s"], round(metrics["rollout/tokens_per_s"])
+        engine, world = seconds(metrics["rollout/generate_s"]), seconds(metrics["rollout/env_s"])
+        each = seconds(took / max(1, seen.episodes))
         rows += [
-            ("an episode", f"{metrics['rollout/turns']:.3g} replies, {self._tokens()}"),
-            (
-                "it waits",
-                f"{seconds(metrics['rollout/generate_s'])} for the engine, {seconds(metrics['rollout/env_s'])} for the "
-                "environment",
-            ),
-            (
-                "all together",
-                f"{seconds(took)}: {seconds(took / max(1, seen.episodes))} per episode, "
-                f"{round(metrics['rollout/tokens_per_s']):,} tokens drawn per second",
-            ),
+            ("an episode", f"{_counted(metrics['rollout/turns'], 'reply', 'replies')}, {self._tokens()}"),
+            ("it waits", f"{engine} for the engine, {world} for the environment"),
+            ("all together", f"{seconds(took)}: {each} per episode, {per_s:,} tokens drawn per second"),
         ]
         return [*rows, *self._learner_rows(), *self._projected_rows()]
 
@@ -226,6 +220,10 @@ def episode_parts(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]
 def seconds(value: float) -> str:
     """Seconds with a digit where they are few."""
     return f"{value:.2g} s" if value < 10 else duration(value)
+
+
+def _counted(value: float, one: str, many: str) -> str:
+    return f"{value:.3g} {one if value == 1 else many}"
 
 
 def mebibytes(count: int) -> str:
