@@ -38,6 +38,7 @@ from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
 from keel.models.policy import PolicyModel
+from keel.monitor.progress import ChildProcess, Watched
 from keel.monitor.rules import Monitor, make_monitor
 from keel.rewards.base import Reward
 from keel.rollouts.collector import Collector
@@ -92,6 +93,23 @@ class Parts:
         if self.frees_cache:
             self.loop.run(self.engine.release_memory())
 
+    def watched(self) -> Watched:
+        """What the watchdog asks while the run goes on."""
+        return Watched(self._counts, self.collector.activity.waiting, self._processes)
+
+    def _counts(self) -> tuple[int, ...]:
+        counts = [self.collector.activity.moves]
+        if isinstance(self.learner, Learner):
+            counts.append(self.learner.micro_batches)
+        if isinstance(self.engine, EmbeddedEngine):
+            counts.extend(self.engine.statistics().values())
+        return tuple(counts)
+
+    def _processes(self) -> list[ChildProcess]:
+        found = [("engine", self.engine.pid, self.engine.stacks)] if isinstance(self.engine, EngineProcess) else []
+        ranks = self.learner.processes if isinstance(self.learner, LearnerGroup) else []
+        return [ChildProcess(*each) for each in (*found, *ranks)]
+
     def publish(self) -> None:
         """Give the engine the learner's weights under the learner's version."""
         publish(self.learner, self.engine, self.learner.version, run=self.loop.run)
@@ -126,7 +144,7 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     model = starting_model(config, factory, run.paths.root)
     save_sources(config, run.paths.root / "sources")
     run.note_environment(threads=torch.get_num_threads(), device=describe_device(resolve_device(config.device)))
-    with assemble(config, factory, model) as parts:
+    with assemble(config, factory, model) as parts, run.progress.watching(parts.watched()):
         yield parts
 
 

@@ -12,8 +12,10 @@ import asyncio
 import contextlib
 import itertools
 import multiprocessing
+import tempfile
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from keel.config import EngineConfig, ModelConfig
@@ -78,7 +80,10 @@ class EngineProcess:
         """
         context = multiprocessing.get_context("spawn")
         self._connection, remote = context.Pipe()
-        spec = WorkerSpec(model, config, max_sequence_tokens, version, num_threads, device)
+        self._directory = tempfile.TemporaryDirectory(prefix="keel-engine-")
+        self.stacks = str(Path(self._directory.name) / "stacks.txt")
+        """Where the process writes its stacks on SIGUSR1 (`keel.dist.stacks`)."""
+        spec = WorkerSpec(model, config, max_sequence_tokens, version, num_threads, device, self.stacks)
         self._process = context.Process(target=run_worker, args=(remote, spec), name="keel-engine", daemon=True)
         self._process.start()
         remote.close()
@@ -145,13 +150,11 @@ class EngineProcess:
                 self._send(("close",))
         self._process.join(STOP_TIMEOUT_S)
         if self._process.is_alive():
-            self._process.terminate()
-            self._process.join(STOP_TIMEOUT_S)
-        if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._reader.join(STOP_TIMEOUT_S)
         self._connection.close()
+        self._directory.cleanup()
 
     def _await_ready(self, timeout_s: float) -> EngineCapabilities:
         """The first message: capabilities, or why there are none."""
@@ -167,8 +170,8 @@ class EngineProcess:
                 f"engine process: ended with code {self._process.exitcode} before it was ready. A script that starts "
                 'one needs `if __name__ == "__main__":` around its top level'
             ) from error
-        except EngineError:
-            self._process.terminate()
+        except BaseException:
+            self._process.kill()
             self._process.join(STOP_TIMEOUT_S)
             raise
         capabilities: EngineCapabilities = content
@@ -209,7 +212,7 @@ class EngineProcess:
             pass  # the pipe is closed: an ordinary end, or the process died
         except Exception as error:  # noqa: BLE001 (whatever unpickling an answer raises; the waiters are told below)
             fault = f"; its answer could not be read: {type(error).__name__}: {error}"
-            self._process.terminate()  # whose answer that was is unknown, so no later one can be trusted to arrive
+            self._process.kill()  # whose answer that was is unknown, so no later one can be trusted to arrive
         finally:
             self._process.join(STOP_TIMEOUT_S)
             if self._dead is None:

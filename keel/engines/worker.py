@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from keel.config import EngineConfig, ModelConfig
+from keel.dist.stacks import write_stacks_when_asked
 from keel.engines.base import EngineError
 from keel.sync.base import SyncError
 
@@ -32,12 +33,16 @@ class WorkerSpec:
     version: int
     num_threads: int
     device: str = "cpu"
+    stacks: str = ""
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:
     """Load the engine, say "ready" (or "failed" and why), then serve calls until told to stop or left alone."""
     parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
+    if spec.stacks:
+        write_stacks_when_asked(spec.stacks)
     try:
         engine = _load(spec)
     except Exception as error:  # noqa: BLE001  (whatever it was, the parent must be told)

@@ -19,7 +19,7 @@ from keel.config import LearnerConfig, ModelConfig, Stage
 from keel.learner.base import LearnerError, Update
 from keel.learner.gradient import Objective
 from keel.learner.randomness import seed_random_states
-from keel.learner.rank import CLOSE, Answer, Call, RankSpec, receive, run_rank, send
+from keel.learner.rank import CLOSE, Answer, Call, RankSpec, receive, run_rank, send, stacks_file
 from keel.sync.base import WeightSource
 from keel.types import Verdict
 
@@ -69,6 +69,14 @@ class LearnerGroup:
             self._connections.append(here)
             self._processes.append(process)
         self._answers()
+
+    @property
+    def processes(self) -> list[tuple[str, int, str]]:
+        """Name, process id and file of stacks of each rank."""
+        return [
+            (f"learner rank {rank}", process.pid or 0, stacks_file(self._directory, rank))
+            for rank, process in enumerate(self._processes)
+        ]
 
     def enter(self, stage: Stage) -> None:
         if stage == self.stage and not self._closed:

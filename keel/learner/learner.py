@@ -88,6 +88,8 @@ class Learner:
         self.reference: dict[str, torch.Tensor] | None = None  # local parts, in the parameters' own types
         self._objective: Objective | None = None
         self._serial = 0
+        self.micro_batches = 0
+        """Micro-batches begun so far: grows while a long pass goes on."""
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that are trained (of an adapter, it alone) by their names in `policy.model`; tied ones once."""
@@ -257,6 +259,7 @@ class Learner:
     def _share(self, micro_batches: tuple[MicroBatch, ...]) -> Iterator[MicroBatch]:
         """This rank's micro-batches; where it has none left, one without loss, so that all ranks run in step."""
         for index in self.ranks.deal(len(micro_batches)):
+            self.micro_batches += 1
             yield (_idle(micro_batches) if index is None else micro_batches[index]).to(self.device)
 
     def _scored(self, batch: PackedBatch, stream: str) -> PackedBatch:

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from keel.config import LearnerConfig, ModelConfig
+from keel.dist.stacks import write_stacks_when_asked
 
 CLOSE = "close"
 
@@ -48,6 +49,11 @@ class Answer:
     version: int = 0
 
 
+def stacks_file(directory: str, rank: int) -> str:
+    """Where rank `rank` writes its stacks on SIGUSR1 (`keel.dist.stacks`)."""
+    return os.path.join(directory, f"stacks-{rank}.txt")  # noqa: PTH118 (a name, not a file)
+
+
 def send(connection: Connection, message: Any) -> None:
     """Send `message` by value: the default of a connection would lend tensors through shared memory."""
     connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
@@ -62,8 +68,10 @@ def run_rank(connection: Connection, spec: RankSpec) -> None:
     """Be a rank until told to close or until the parent is gone."""
     from keel.dist.processes import die_with_parent, join_ranks, leave_ranks
 
-    # An interrupt is the parent's to handle; it reaches every process of the terminal.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An interrupt is the parent's to handle; it reaches every process of the terminal, or of the job.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    write_stacks_when_asked(stacks_file(spec.directory, spec.rank))
     die_with_parent()
     try:
         import torch

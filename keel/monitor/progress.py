@@ -6,7 +6,8 @@ The loop says what it is about to do (`RunLog.doing`); parts that take long coun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +68,15 @@ class Progress:
     def begin(self, stage: str, step: int, num_steps: int) -> None:
         """A step of a stage begins."""
         self.stage, self.step, self.num_steps, self.sizes = stage, step, num_steps, {}
+
+    @contextmanager
+    def watching(self, watched: Watched) -> Iterator[None]:
+        """The run has these parts, as long as the context lasts."""
+        self.watched = watched
+        try:
+            yield
+        finally:
+            self.watched = Watched()
 
     @property
     def under_way(self) -> bool:

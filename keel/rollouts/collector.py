@@ -22,6 +22,7 @@ from keel.engines.base import Engine
 from keel.envs.base import Split
 from keel.envs.load import EnvFactory
 from keel.rewards.base import Reward
+from keel.rollouts.activity import Activity
 from keel.rollouts.episode import Attempt, EpisodeSettings, add_reward, failed_attempt, run_episode, told
 from keel.rollouts.loop_thread import LoopThread
 from keel.rollouts.metrics import rollout_metrics
@@ -80,6 +81,8 @@ class Collector:
         self._reward = reward
         self._owns_loop = loop is None
         self._settings = self._make_settings()
+        self.activity = Activity()
+        """What the episodes that run are doing."""
         self._env = env_factory()  # answers questions about tasks; plays no episode
         self._pool = EnvPool(env_factory)
         self._closed = False
@@ -252,7 +255,9 @@ class Collector:
                 env = self._pool.take()
             except Exception as error:  # noqa: BLE001 (user code: the constructor of an environment)
                 return failed_attempt(attempt, "env_error", f"no environment could be made: {told(error)}")
-            trajectory = await run_episode(env, attempt, engine=self._engine, chat=self._chat, settings=settings)
+            trajectory = await run_episode(
+                env, attempt, engine=self._engine, chat=self._chat, settings=settings, activity=self.activity
+            )
             if trajectory.status in ("env_error", "env_timeout"):
                 await self._pool.discard(env, hanging=trajectory.status == "env_timeout")
             else:

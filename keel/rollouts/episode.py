@@ -25,6 +25,7 @@ from keel.envs.base import Env, Step
 from keel.envs.calls import call_with_timeout
 from keel.envs.threads import CallTimeoutError, HangingCallsError
 from keel.rewards.base import Reward, RewardError, Score
+from keel.rollouts.activity import Activity
 from keel.rollouts.tokens import TokenRecord
 from keel.types import Message, SamplingSettings, Task, ToolSpec, Trajectory, TrajectoryStatus, Turn
 
@@ -73,11 +74,19 @@ class _EndedError(Exception):
 
 
 async def run_episode(
-    env: Env, attempt: Attempt, *, engine: Engine, chat: Chat, settings: EpisodeSettings
+    env: Env,
+    attempt: Attempt,
+    *,
+    engine: Engine,
+    chat: Chat,
+    settings: EpisodeSettings,
+    activity: Activity | None = None,
 ) -> Trajectory:
     """Run one episode. Whatever the environment or the engine does wrong ends up in the trajectory's status and error,
-    with all that was gained until then; the engine's session is ended in any case."""
-    episode = _Episode(env, attempt, engine, chat, settings)
+    with all that was gained until then; the engine's session is ended in any case. `activity` is told what it waits
+    for."""
+    activity = activity or Activity()
+    episode = _Episode(env, attempt, engine, chat, settings, activity)
     try:
         await episode.play()
     except _EndedError as end:
@@ -85,6 +94,7 @@ async def run_episode(
     finally:
         with contextlib.suppress(EngineError):  # an engine that is gone has no session, and the outcome stands
             await engine.end_session(attempt.name)
+        activity.leave(attempt.name)
     trajectory = episode.trajectory()
     if type(env).judge is Env.judge:
         return trajectory
@@ -121,7 +131,10 @@ async def add_reward(trajectory: Trajectory, reward: Reward, *, timeout_s: float
 class _Episode:
     """An episode's state while it runs."""
 
-    def __init__(self, env: Env, attempt: Attempt, engine: Engine, chat: Chat, settings: EpisodeSettings) -> None:
+    def __init__(
+        self, env: Env, attempt: Attempt, engine: Engine, chat: Chat, settings: EpisodeSettings, activity: Activity
+    ) -> None:
+        self.activity = activity
         self.env = env
         self.attempt = attempt
         self.engine = engine
@@ -154,8 +167,12 @@ class _Episode:
             prompt = self.chat.extend(self.record.token_ids, history, step.messages, tools)
             history.extend(step.messages)
 
+    def _waits_for(self, what: str) -> None:
+        self.activity.enter(self.attempt.name, self.attempt.task.id, what)
+
     async def _begin(self) -> tuple[Sequence[ToolSpec], Prompt]:
         timeout_s = self.settings.reset_timeout_s
+        self._waits_for("env.reset")
         messages = await _ask("reset", self.env.reset, self.attempt.task, timeout_s=timeout_s)
         if not isinstance(messages, list | tuple) or not all(isinstance(message, Message) for message in messages):
             raise _EndedError("env_error", f"reset() returns a list of Message; got {_short(messages)}")
@@ -192,6 +209,7 @@ class _Episode:
         )
         begin = time.perf_counter()
         try:
+            self._waits_for("the engine")
             result = await self.engine.generate(request)
         except EngineError as error:
             raise _EndedError("engine_error", f"{error}") from error
@@ -229,6 +247,7 @@ class _Episode:
         turn = self.turns[-1]
         reply = Reply(turn.reply, turn.reply_text, turn.malformed)
         begin = time.perf_counter()
+        self._waits_for("env.step")
         try:
             step = _checked(await _ask("step", self.env.step, reply, timeout_s=self.settings.step_timeout_s))
         finally:
