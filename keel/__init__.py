@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keel import attention, report
     from keel.api import resume, train
     from keel.chat.base import Reply
     from keel.config import TrainConfig
     from keel.config_load import load as load_config
-    from keel.envs.base import Env, Step
+    from keel.envs.base import Demonstration, Env, EnvError, Step
     from keel.envs.task_env import task_env
     from keel.envs.tools import tool
     from keel.evaluation import evaluate
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Demonstration",
     "Env",
+    "EnvError",
     "EvaluationResult",
     "Group",
     "Message",
@@ -42,10 +45,12 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "__version__",
+    "attention",
     "evaluate",
     "load_config",
     "load_record",
     "load_run",
+    "report",
     "resume",
     "rollout",
     "task_env",
@@ -54,7 +59,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Demonstration": "keel.envs.base:Demonstration",
     "Env": "keel.envs.base:Env",
+    "EnvError": "keel.envs.base:EnvError",
     "EvaluationResult": "keel.evaluation_result:EvaluationResult",
     "Group": "keel.types:Group",
     "Message": "keel.types:Message",
@@ -68,10 +75,12 @@ _HOMES = {
     "ToolSpec": "keel.types:ToolSpec",
     "TrainConfig": "keel.config:TrainConfig",
     "Trajectory": "keel.types:Trajectory",
+    "attention": "keel.attention",
     "evaluate": "keel.evaluation:evaluate",
     "load_config": "keel.config_load:load",
     "load_record": "keel.runs:load_record",
     "load_run": "keel.runs:load_run",
+    "report": "keel.report",
     "resume": "keel.api:resume",
     "rollout": "keel.signal_check:rollout",
     "task_env": "keel.envs.task_env:task_env",
@@ -85,7 +94,8 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'keel' has no attribute {name!r}")
     module, _, attribute = home.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

@@ -76,21 +76,23 @@ class EvaluationResult:
     @property
     def metrics(self) -> dict[str, float]:
         """The figures of an evaluation's row (docs/loop.md), without their "eval/"."""
-        found: dict[str, float] = {
-            "num_tasks": float(self.num_tasks),
-            "failed": float(self.failed),
-            **_with_interval("reward", self.reward),
-            "tokens": self.tokens,
-            "turns": self.turns,
-            "malformed": float(self.malformed),
-            "truncated": float(self.truncated),
-            "attempts": float(self.attempts),
-        }
+        found: dict[str, float] = {}
         if self.success is not None:
             found |= _with_interval("success", self.success)
-        for k, estimate in self.pass_at_k.items():
-            found |= _with_interval(f"pass@{k}", estimate)
-        return found
+        if self.attempts > 1:  # with one attempt pass@1 is the success
+            for k, estimate in self.pass_at_k.items():
+                found |= _with_interval(f"pass@{k}", estimate)
+        return {
+            **found,
+            **_with_interval("reward", self.reward),
+            "num_tasks": float(self.num_tasks),
+            "attempts": float(self.attempts),
+            "failed": float(self.failed),
+            "truncated": float(self.truncated),
+            "malformed": float(self.malformed),
+            "tokens": self.tokens,
+            "turns": self.turns,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of everything here; the keys of `pass_at_k` are strings."""

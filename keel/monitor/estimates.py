@@ -16,7 +16,7 @@ from keel.monitor.wilson import Z_95, score_interval
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over `num_tasks` tasks and its 95 % interval; the bounds are None where one task tells nothing of it."""
+    """A mean over `num_tasks` tasks and its 95 % interval; the bounds are None where the tasks tell nothing of it."""
 
     value: float
     low: float | None
@@ -59,10 +59,13 @@ def share_estimate(shares: Sequence[float], trials_per_task: float) -> Estimate:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """The mean of a number measured on each task, with Student's t interval."""
+    """The mean of a number measured on each task, with Student's t interval.
+
+    Without one for a single task, and where all are the same: a spread that was not seen is not a spread of zero.
+    """
     num_tasks = len(values)
     mean = sum(values) / num_tasks
-    if num_tasks < 2:
+    if len(set(values)) < 2:
         return Estimate(mean, None, None, num_tasks)
     half = t_quantile(num_tasks - 1) * statistics.stdev(values) / math.sqrt(num_tasks)
     return Estimate(mean, mean - half, mean + half, num_tasks)
