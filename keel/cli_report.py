@@ -51,7 +51,7 @@ def compare(
 
     data = compare_data(first, second)
     for line in _lines(data):
-        print(printable(line))
+        print(printable(line).replace("\n", "\\n"))
     if as_json is not None:
         write_text(as_json, json.dumps(data, indent=1) + "\n")
         print(f"wrote {printable(str(as_json))}")
