@@ -13,11 +13,11 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from keel.report.bands import MISMATCH, Band
-from keel.report.plain import number
+from keel.report.plain import cut, number
 from keel.report.source import REINFORCEMENT
 
 Row = Mapping[str, Any]
-Severity = Literal["warn", "bad"]
+Severity = Literal["note", "warn", "bad"]
 
 ENTROPY_FLOOR = 0.02
 """Nats per token below which a policy has all but stopped exploring."""
@@ -40,7 +40,7 @@ class Finding:
 def find(
     rows: Sequence[Row], alarms: Sequence[Row], healthy: Mapping[str, Band], *, updates_per_batch: int
 ) -> list[Finding]:
-    """All findings, bad ones first, then by the step at which they begin."""
+    """All findings, bad ones first, notes last, each kind by the step at which it begins."""
     trained = [row for row in rows if row["stage"] == REINFORCEMENT]
     found = [
         not_finite(rows),
@@ -52,12 +52,13 @@ def find(
         entropy_erupted(trained),
         worlds_failed(trained),
         episodes_truncated(trained),
-        *from_alarms(rows, alarms),
+        no_signal(trained),
     ]
-    if not any(alarm["rule"] == "no_signal" for alarm in alarms):
-        found.append(no_signal(trained))
     present = [finding for finding in found if finding is not None]
-    return sorted(present, key=lambda each: (each.severity != "bad", each.row["train_step"] if each.row else 2**53))
+    known = {finding.rule for finding in present}
+    present += [finding for finding in from_alarms(rows, alarms) if finding.rule not in known]
+    severity = ("bad", "warn", "note").index
+    return sorted(present, key=lambda each: (severity(each.severity), each.row["train_step"] if each.row else 2**53))
 
 
 def not_finite(rows: Sequence[Row]) -> Finding | None:
@@ -197,18 +198,20 @@ def no_signal(rows: Sequence[Row]) -> Finding | None:
 
 
 def from_alarms(rows: Sequence[Row], alarms: Sequence[Row]) -> list[Finding]:
-    """What the monitor said at the time, once for each rule: its first alarm."""
+    """What the monitor said at the time, once for each rule: its first stop, or its first alarm.
+
+    An alarm that warned or skipped an update and did not end the run is a note: what came of it the rows tell.
+    """
     by_step = {(row["stage"], row["step"]): row for row in rows}
     found: dict[str, Finding] = {}
     for alarm in alarms:
-        severity: Severity = "bad" if alarm["severity"] == "stop" else "warn"
-        if alarm["rule"] in found and found[alarm["rule"]].severity == "bad":
-            continue
-        if alarm["rule"] in found and severity == "warn":
+        severity: Severity = "bad" if alarm["severity"] == "stop" else "note"
+        if alarm["rule"] in found and (severity == "note" or found[alarm["rule"]].severity == "bad"):
             continue
         row = by_step.get((alarm["stage"], alarm["first_step"])) or by_step.get((alarm["stage"], alarm["step"]))
         what = "Stopped" if alarm["severity"] == "stop" else "Alarm"
-        found[alarm["rule"]] = Finding(f"alarm:{alarm['rule']}", severity, what, alarm["text"].rstrip("."), row)
+        text = cut(" ".join(alarm["text"].split()), 300).rstrip(".")
+        found[alarm["rule"]] = Finding(alarm["rule"], severity, what, text, row)
     return list(found.values())
 
 

@@ -26,6 +26,8 @@ MAX_READ_BYTES = 400_000_000
 MAX_ALARM_STEPS = 6
 CHOSEN_SHARE = 3
 """The three chosen episodes together may take one part in so many of the room."""
+LEAST_BYTES_A_TOKEN = 60
+"""JSON of one token with its streams is longer than this: what cannot fit is not made."""
 LONG = 4
 """An episode that needs more than one part in so many of its step's share is too long to be shown with tokens."""
 
@@ -109,7 +111,10 @@ class Page:
         shown = self.shown.setdefault(step.number, {})
         if index in shown:
             return True
-        found, size = self._sized(step, index, with_tokens=True)
+        tokens = sum(len(view.streams["labels"]) for view in step.sequences.get(index, ()))
+        long = share is not None and LEAST_BYTES_A_TOKEN * tokens > share // LONG
+        hopeless = limit is not None and long and LEAST_BYTES_A_TOKEN * tokens > limit
+        found, size = self._sized(step, index, with_tokens=not hopeless)
         if limit is not None and share is not None and size > limit and size > share // LONG:
             found, size = self._sized(step, index, with_tokens=False)
         if limit is not None and size > limit:

@@ -26,6 +26,7 @@ CLIP_NOTE = (
     "compared with, so the ratio is exactly 1 and clipping has nothing to clip. What engine and learner compute "
     "differently is shown as mismatch and never enters the ratio."
 )
+MAX_FINDINGS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ def notes(
     rows: Sequence[Row], found: Sequence[Finding], *, updates_per_batch: int, problems: Sequence[str]
 ) -> list[str]:
     """What keeps a reader from taking something right for a fault, other findings, and what could not be read."""
-    said = [f"{finding.what}{_where(finding)}: {finding.text}." for finding in found[1:]]
+    said = [_said(finding) for finding in found if finding.severity == "note" or finding is not found[0]]
+    if len(said) > MAX_FINDINGS:
+        said = [*said[:MAX_FINDINGS], f"{len(said) - MAX_FINDINGS} more findings are left out here."]
     trained = [row for row in rows if row["stage"] == REINFORCEMENT]
     if trained and updates_per_batch == 1:
         said += [LOSS_NOTE]
@@ -128,9 +131,10 @@ def _trend(values: Sequence[float], name: str, sign: int) -> Progress:
 def _level(ending: Ending, rows: Sequence[Row], found: Sequence[Finding], gained: Progress) -> Level:
     if any(finding.severity == "bad" for finding in found) or ending.state in ("failed", "crashed", "stopped"):
         return "bad"
+    warned = any(finding.severity == "warn" for finding in found)
     if ending.state in ("running", "starting"):
-        return "warn" if found else "running"
-    if found or not rows or ending.state != "completed" or gained.kind in ("worse", "unclear", "none"):
+        return "warn" if warned else "running"
+    if warned or not rows or ending.state != "completed" or gained.kind in ("worse", "unclear", "none"):
         return "warn"
     return "good"
 
@@ -139,14 +143,17 @@ def _sentences(ending: Ending, rows: Sequence[Row], found: Sequence[Finding], ga
     told = [_ended(ending)] if ending.state != "completed" else []
     if not rows:
         return [*told, "No step has finished, so there is nothing to judge yet."]
-    if found:
-        told.append(f"{found[0].what}{_where(found[0])}: {found[0].text}.")
-        facts = [gained.text]
-    else:
-        facts = [gained.text, *_soundness(rows)]
-        told.append(f"{_summary(ending, gained)}: {', '.join(fact for fact in facts if fact)}.")
-        return told
-    return [*told, *(f"{fact[0].upper()}{fact[1:]}." for fact in facts if fact)]
+    worst = found[0] if found and found[0].severity != "note" else None
+    if worst is not None and worst.severity == "bad":
+        told.append(_said(worst))
+        return [*told, f"{gained.text[0].upper()}{gained.text[1:]}."] if gained.text else told
+    facts = [gained.text, *_soundness(rows)]
+    told.append(f"{_summary(ending, gained)}: {', '.join(fact for fact in facts if fact)}.")
+    return [*told, _said(worst)] if worst is not None else told
+
+
+def _said(finding: Finding) -> str:
+    return f"{finding.what}{_where(finding)}: {finding.text}."
 
 
 def _summary(ending: Ending, gained: Progress) -> str:
