@@ -81,10 +81,10 @@ REFERENCE = "reference"
 """The name of the dense float64 twin; it is not a kernel pair and runs on any device."""
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called `name`, or with "auto" the first that takes tensors of `dtype` on `device`.
+def choose_backend(name: str | Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called `name` (or `name` itself, if it is one), or with "auto" the first that takes the tensors.
 
-    Raises AttentionBackendError if there is none.
+    Raises AttentionBackendError if there is none, or if it does not take tensors of `dtype` on `device`.
     """
     if name == "auto":
         for backend in BACKENDS.values():
@@ -101,7 +101,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
     backend = BACKENDS[name]
     if device.type not in backend.device_types or dtype not in backend.dtypes:
         raise AttentionBackendError(
-            f"attention backend {name!r} takes {_takes(backend)}, the tensors are {dtype} on {device}; use 'auto'"
+            f"attention backend {backend.name!r} takes {_takes(backend)}, the tensors are {dtype} on {device}; "
+            "use 'auto'"
         )
     return backend
 
@@ -149,7 +150,7 @@ def sink_attention(
     max_seqlen: int,
     scale: float,
     window: int | None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> torch.Tensor:
     """Causal attention over packed sequences, with a learned sink per head; differentiable in q, k, v and sinks.
 
@@ -172,7 +173,7 @@ def layout_attention(
     *,
     layout: Layout,
     scale: float,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> torch.Tensor:
     """`sink_attention` over any spans, where k and v may have other rows than q (a cache, padding left out).
 
