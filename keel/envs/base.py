@@ -23,7 +23,7 @@ from typing import Literal
 
 from keel.chat.base import Reply
 from keel.rewards.base import Score
-from keel.types import Message, Task, ToolSpec, Trajectory
+from keel.types import Message, Task, ToolSpec, Trajectory, UserFault
 
 Split = Literal["train", "eval"]
 
@@ -47,6 +47,10 @@ class EnvError(RuntimeError):
     The episode becomes `env_error` and leaves before group statistics. An environment's other exceptions mean the
     same; a tool's other exceptions are shown to the agent as the tool's answer, which this one never is.
     """
+
+
+class NoDemonstrationsError(UserFault, NotImplementedError):
+    """The environment cannot show how a task is done; says what it would need. Only a warm start depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +87,13 @@ class Env:
         """Score a finished episode as a whole, a truncated one too; added to what `step` gave."""
         return Score(0.0)
 
-    def demonstrations(self, count: int, *, seed: int, start: int) -> Sequence[Demonstration]:
+    def demonstrations(self, count: int, *, seed: int, start: int) -> Sequence[Demonstration]:  # noqa: ARG002
         """Demonstrations number `start` to `start + count - 1` of the endless sequence that `seed` gives.
 
-        At tasks of the train split only; the same numbers always give the same demonstrations.
+        At tasks of the train split only; the same numbers always give the same demonstrations. Raises
+        NoDemonstrationsError if there are none.
         """
-        raise NotImplementedError(
+        raise NoDemonstrationsError(
             f"{type(self).__name__} has no demonstrations; write demonstrations(self, count, *, seed, start), "
             "or name a function of that signature in warm_start.demonstrations"
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, get_args
 
-from keel.envs.base import Demonstration, EnvError, Step
+from keel.envs.base import Demonstration, NoDemonstrationsError, Step
 from keel.envs.base import Split as SplitName
 from keel.envs.calls import call_with_timeout
 from keel.envs.prompts import Prompt, PromptFunction
@@ -183,14 +183,15 @@ class TaskEnv(ToolEnv):
         return said
 
     def demonstrations(self, count: int, *, seed: int, start: int) -> Sequence[Demonstration]:
-        """Right answers to tasks of the train split, drawn with replacement. Raises EnvError if a row has none."""
+        """Right answers to tasks of the train split, drawn with replacement. Raises NoDemonstrationsError if a row has
+        none."""
         return [self._demonstrate(seed, start + index) for index in range(count)]
 
     def _demonstrate(self, seed: int, number: int) -> Demonstration:
         digest = blake2b(f"demonstration/{seed}/{number}".encode(), digest_size=8).digest()
         task = self._split.train[random.Random(int.from_bytes(digest, "big")).randrange(len(self._split.train))]
         if task.data.get(self._answer) is None:
-            raise EnvError(
+            raise NoDemonstrationsError(
                 f"a demonstration needs a right answer, and task {task.id} has no column {self._answer!r} (it has: "
                 f"{', '.join(task.data)}); name it with answer=..."
             )
