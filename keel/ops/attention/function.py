@@ -95,10 +95,10 @@ def choose_backend(name: str | Backend, device: torch.device, dtype: torch.dtype
             f"sink attention has no backend for tensors on {device} of {dtype}; available: {available}, {REFERENCE!r} "
             f"(anywhere, quadratic). Move or cast the model, or pass backend={REFERENCE!r}"
         )
-    if name not in BACKENDS:
+    if isinstance(name, str) and name not in BACKENDS:
         known = ", ".join(repr(known) for known in ("auto", *BACKENDS, REFERENCE))
         raise AttentionBackendError(f"unknown attention backend {name!r}; known: {known}")
-    backend = BACKENDS[name]
+    backend = BACKENDS[name] if isinstance(name, str) else name
     if device.type not in backend.device_types or dtype not in backend.dtypes:
         raise AttentionBackendError(
             f"attention backend {backend.name!r} takes {_takes(backend)}, the tensors are {dtype} on {device}; "
