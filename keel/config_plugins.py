@@ -71,6 +71,8 @@ def _check(
 def _check_types(target: Callable[..., Any], options: Mapping[str, Any], path: Path, where: Where) -> list[Problem]:
     """Compare each option with its annotation; one that pydantic knows nothing of is the plug-in's own business."""
     function = target.__init__ if inspect.isclass(target) else target
+    if not inspect.isroutine(function):  # an object that can be called
+        function = type(function).__call__
     try:
         hints = typing.get_type_hints(function)
     except NameError:
