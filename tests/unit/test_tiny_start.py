@@ -17,7 +17,10 @@ ANSWER = "seventeen nightingales"
 class Asking(keel.Env):
     """Tasks without demonstrations; `reset` is async, as one that calls a server."""
 
-    closed = 0
+    made = closed = 0
+
+    def __init__(self):
+        Asking.made += 1
 
     def tasks(self, split):
         return [keel.Task(str(n), {"question": QUESTION, "secret": ANSWER, "n": n}) for n in range(40)]
@@ -45,13 +48,12 @@ def config(**values):
 
 def test_without_demonstrations_words_are_those_of_the_tasks(tmp_path):
     """Prompts as they are rendered, and the texts of the rows, in which the answers stand."""
-    closed = Asking.closed
     build_tiny_start(config(), Asking, tmp_path / "model")
     tokenizer = load_tokenizer(tmp_path / "model")
     assert len(tokenizer.encode(QUESTION)) < 8
     assert len(tokenizer.encode(ANSWER)) < 8
     assert len(tokenizer.encode("quizzically jumping foxes")) > 15
-    assert Asking.closed == closed + 1
+    assert Asking.closed == Asking.made > 0
 
 
 def test_a_warm_start_needs_demonstrations():
