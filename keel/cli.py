@@ -1,12 +1,12 @@
-"""The command line. Nothing here imports torch until a command needs it.
-
-Exit codes: 0 done, 2 the config (or an argument) is wrong, 4 the monitor stopped the run, 130 interrupted; 1 anything
-else, with its traceback.
-"""
+"""The command line. Nothing here imports torch until a command needs it."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,19 +14,32 @@ import typer
 
 import keel
 from keel import cli_eval, cli_new, cli_report, cli_rollout, config_load
-from keel.cli_arguments import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
+from keel.cli_arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
 from keel.config_docs import as_markdown
-from keel.config_problems import ConfigError
-from keel.evaluation import EvaluationError
+from keel.monitor.exhausted import is_out_of_memory
+from keel.monitor.interrupts import RunInterruptedError
 from keel.monitor.live import duration
-from keel.monitor.rows import RunDirectoryError
-from keel.monitor.trackers import TrackerError
-from keel.plugins import PluginError
+from keel.monitor.printable import printable
+from keel.secrecy import scrubbed
+from keel.types import Fault
 
 if TYPE_CHECKING:
     from keel.monitor.runlog import RunSummary
 
+DEBUG_VARIABLE = "KEEL_DEBUG"
+EXIT_CODES = f"""\b
+Exit codes:
+  0    done
+  1    something gave way while it ran: memory, the disk, every episode, a process; or a fault of Keel's
+  2    the config, an argument, or what they name has to be mended
+  3    a check before the run failed
+  4    the monitor stopped the run
+  130  interrupted; `keel resume RUN` goes on
+Set {DEBUG_VARIABLE}=1 to see where in the code an error arose.
+"""
+
 app = typer.Typer(
+    epilog=EXIT_CODES,
     help="Keel: reinforcement learning for language-model agents; the policy that learns is the policy that acted.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,7 +55,7 @@ app.command("eval")(cli_eval.evaluate)
 
 
 def main() -> None:
-    """Run the command line; faults that are the user's to mend are told without a traceback.
+    """Run the command line; an error whose text says everything is told without a traceback.
 
     Plug-ins may lie in the directory the command is given in, which Python leaves out for installed commands.
     """
@@ -50,12 +63,28 @@ def main() -> None:
         sys.path.insert(0, here)
     try:
         app(standalone_mode=True)
-    except (ConfigError, EvaluationError, PluginError, RunDirectoryError, TrackerError) as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(EXIT_CONFIG)
+    except Exception as error:  # noqa: BLE001 (the border: every error is told here, and none goes on)
+        _tell(error)
+        sys.exit(error.exit_code if isinstance(error, Fault) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _tell(error: Exception) -> None:
+    """Write `error` to standard error; what it quotes of a model, a tool or a file is neither obeyed nor repeated."""
+    known = isinstance(error, Fault)
+    if is_out_of_memory(error) and not known:
+        known = True
+        text = f"out of memory: {error}; a smaller model.path, engine.slots or batch.max_tokens needs less"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        known = True
+        text = f"no space left: {error}; make some, then `keel resume RUN` goes on from the last checkpoint"
+    else:
+        text = str(error)
+    if not known or os.environ.get(DEBUG_VARIABLE):
+        text = "".join(traceback.format_exception(error))
+    sys.stderr.write(f"{printable(scrubbed(text.rstrip()))}\n")
 
 
 def _show_version(wanted: bool) -> None:
@@ -89,7 +118,7 @@ def train(
         return
     from keel.loop import train as run
 
-    _finish(run(config))
+    _finish(_ended(run, config))
 
 
 @app.command()
@@ -97,7 +126,7 @@ def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Director
     """Continue a run from its newest checkpoint."""
     from keel.loop import resume as run
 
-    _finish(run(run_dir))
+    _finish(_ended(run, run_dir))
 
 
 @app.command()
@@ -109,7 +138,7 @@ def quickstart(
     """Build a small GPT-OSS-shaped agent, warm-start it, train it by reinforcement, and tell how well it does."""
     from keel.quickstart import run
 
-    _finish(run(seed, run_dir, sets or ()))
+    _finish(_ended(run, seed, run_dir, sets or ()))
 
 
 @app.command("tiny-model")
@@ -141,6 +170,14 @@ def print_config(
     print(as_markdown() if markdown else config_load.dump(config_load.load(config_file, sets or ())), end="")
 
 
+def _ended(run: Callable[..., RunSummary], *arguments: object) -> RunSummary:
+    """The summary of a run, also of one that was interrupted and has saved."""
+    try:
+        return run(*arguments)
+    except RunInterruptedError as error:
+        return error.summary
+
+
 def _finish(summary: RunSummary) -> None:
     """Tell how the run went and where it lies; one that the monitor stopped does not count as done."""
     for name, metrics in summary.eval.items():
@@ -153,3 +190,5 @@ def _finish(summary: RunSummary) -> None:
     print(f"{summary.state}: {summary.run_dir}" + (f" ({summary.reason})" if summary.reason else ""))
     if summary.state == "stopped":
         raise typer.Exit(EXIT_STOPPED)
+    if summary.state == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-EXIT_CONFIG = 2
+EXIT_FAILED = 1
 EXIT_STOPPED = 4
 EXIT_INTERRUPTED = 130
 

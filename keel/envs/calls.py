@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 from keel.envs.threads import CallTimeoutError, WorkerThreads, worker_threads
@@ -61,3 +63,10 @@ def _leave(task: asyncio.Future[Any]) -> None:
 def _forget(task: asyncio.Future[Any]) -> None:
     if not task.cancelled():
         task.exception()  # read, so that asyncio does not report it as never retrieved
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line, with the place in the user's code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({PurePath(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

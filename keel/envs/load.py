@@ -8,6 +8,7 @@ from typing import Any
 
 from keel.config import EnvConfig
 from keel.envs.base import Env
+from keel.envs.calls import told
 from keel.plugins import PluginError, check_options, resolve
 
 EnvFactory = Callable[[], Env]
@@ -29,7 +30,10 @@ def env_factory(config: EnvConfig) -> EnvFactory:
 
 
 def _make(target: Callable[..., Any], name: str, options: dict[str, Any]) -> Env:
-    made = target(**options)
+    try:
+        made = target(**options)
+    except Exception as error:
+        raise PluginError(f"environment {name!r} could not be made: {told(error)}") from error
     if not isinstance(made, Env):
         raise PluginError(f"environment {name!r} made a {type(made).__name__}; it must make a keel.envs.base.Env")
     return made

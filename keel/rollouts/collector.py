@@ -20,10 +20,11 @@ from keel.chat.base import Chat
 from keel.config import EnvConfig, RolloutConfig
 from keel.engines.base import Engine
 from keel.envs.base import Split
+from keel.envs.calls import told
 from keel.envs.load import EnvFactory
 from keel.rewards.base import Reward
 from keel.rollouts.activity import Activity
-from keel.rollouts.episode import Attempt, EpisodeSettings, add_reward, failed_attempt, run_episode, told
+from keel.rollouts.episode import Attempt, EpisodeSettings, add_reward, failed_attempt, run_episode
 from keel.rollouts.loop_thread import LoopThread
 from keel.rollouts.metrics import rollout_metrics
 from keel.rollouts.pool import EnvPool

@@ -10,19 +10,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from numbers import Real
-from pathlib import PurePath
 from typing import Any, NoReturn
 
 from keel.chat.base import Chat, Prompt, Reply
 from keel.engines.base import Engine, EngineError, GenerateRequest, GenerateResult
 from keel.envs.base import Env, Step
-from keel.envs.calls import call_with_timeout
+from keel.envs.calls import call_with_timeout, told
 from keel.envs.threads import CallTimeoutError, HangingCallsError
 from keel.rewards.base import Reward, RewardError, Score
 from keel.rollouts.activity import Activity
@@ -310,13 +308,6 @@ def _refuse(text: str) -> NoReturn:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)  # Real: numpy's numbers, too
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line, with the place in the user's code that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({PurePath(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def _short(value: Any) -> str:
