@@ -41,8 +41,9 @@ def configured(
     """The checked config, with the objects given in place of its own; they are held until the block ends.
 
     `needs` are options that it must have (see `config_load.require`). What only samples has `learns` False: the config
-    comes without its `[algo]`, so that a run's loss need not be found to evaluate the run. Raises ConfigError with every
-    fault of the config, PluginError for an object that cannot be what it is given as.
+    comes without its `[algo]`, so that a run's loss need not be found to evaluate the run.
+
+    Raises ConfigError with every fault of the config, PluginError for an object that cannot be what it is given as.
     """
     read, where = read_config(config)
     if not learns:
@@ -166,6 +167,7 @@ def _check_env(env: Any) -> None:
         )
     if not callable(env):
         raise PluginError(f"env is a {type(env).__name__}: give an Env class, or a function that makes one")
+    _check_takes(env, 0, "env", "no arguments but options by name, and make one more environment")
 
 
 def _check_reward(reward: Any) -> None:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from keel.types import UserFault
@@ -95,8 +96,8 @@ def can_be_imported_elsewhere(name: str) -> bool:
     """Whether another process of this program finds by import what `name_of` named: a script's functions yes (`spawn`
     runs the script's file again), those of a notebook or an interactive session no."""
     module_name, _, qualname = name.rpartition(":")
-    main = sys.modules.get("__main__")
-    return "<" not in qualname and (module_name != "__main__" or getattr(main, "__file__", None) is not None)
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    return "<" not in qualname and (module_name != "__main__" or (script is not None and Path(script).is_file()))
 
 
 def _attribute(module: Any, dotted: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 from keel.chat.base import Chat
 from keel.envs.base import Demonstration, Env, Step
 from keel.envs.load import EnvFactory
+from keel.rollouts.loop_thread import LoopThread
 from keel.rollouts.metrics import rollout_metrics
 from keel.rollouts.tokens import TokenRecord
 from keel.types import Fault, Group, Message, Trajectory, Turn
@@ -47,6 +47,8 @@ class DemonstrationSource:
         self._position = 0
         self._metrics: dict[str, float] = {}
         self._closed = False
+        # Not the caller's: in a notebook's cell that one is running already.
+        self._loop = LoopThread("keel-demonstrations")
 
     def next_groups(self, step: int) -> list[Group]:
         """The next `per_step` demonstrations; `step` names their groups. Raises DemonstrationError."""
@@ -54,7 +56,7 @@ class DemonstrationSource:
         found = self._demonstrations(self._per_step, seed=self._seed, start=self._position)
         if len(found) != self._per_step:
             raise DemonstrationError(f"asked for {self._per_step} demonstrations, got {len(found)}")
-        trajectories = asyncio.run(self._play(found, step))
+        trajectories = self._loop.run(self._play(found, step))
         self._position += self._per_step
         groups = [Group(trajectory.group_id, trajectory.task, (trajectory,)) for trajectory in trajectories]
         seconds = time.perf_counter() - begin  # nothing is made ahead, so all of them are waited for
@@ -70,7 +72,10 @@ class DemonstrationSource:
         """Close the environment."""
         if not self._closed:
             self._closed = True
-            asyncio.run(self._close())
+            try:
+                self._loop.run(self._close())
+            finally:
+                self._loop.close()
 
     async def _close(self) -> None:
         await _result(self._env.close())

@@ -65,6 +65,15 @@ class LoopThread:
             self._loop.close()
 
 
+def run_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The coroutine's result, on a loop of its own: in a notebook's cell the caller's thread has a running one."""
+    loop = LoopThread("keel-once")
+    try:
+        return loop.run(coroutine)
+    finally:
+        loop.close()
+
+
 async def _cancel_others(patience_s: float = 5.0) -> None:
     """Cancel all tasks but this one. What ignores its cancellation for `patience_s` is left behind."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
