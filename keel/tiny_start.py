@@ -7,7 +7,6 @@ demonstrations has its first prompts and the texts of its tasks to learn from.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import re
@@ -24,6 +23,7 @@ from keel.envs.base import NoDemonstrationsError
 from keel.envs.load import EnvFactory
 from keel.models.tiny import CHATML_SPECIAL_TOKENS, HARMONY_SPECIAL_TOKENS, build_tiny_model, build_tiny_tokenizer
 from keel.rollouts.demonstrate import Demonstrations, DemonstrationSource
+from keel.rollouts.loop_thread import run_once
 
 NUM_DEMONSTRATIONS = 1000
 NUM_TASKS = 1000
@@ -55,7 +55,7 @@ def texts_to_learn(config: TrainConfig, factory: EnvFactory, style: Style) -> It
     except NoDemonstrationsError:
         if config.warm_start.steps:
             raise
-        texts, rendered = asyncio.run(_asked(factory, chat))
+        texts, rendered = run_once(_asked(factory, chat))
         yield from texts
     for token_ids in rendered:
         text = plain_bytes.decode(token_ids, skip_special_tokens=False)
