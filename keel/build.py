@@ -40,6 +40,7 @@ from keel.learner.learner import Learner
 from keel.models.policy import PolicyModel
 from keel.monitor.progress import ChildProcess, Watched
 from keel.monitor.rules import Monitor, make_monitor
+from keel.report.live import LiveReport
 from keel.rewards.base import Reward
 from keel.rollouts.collector import Collector
 from keel.rollouts.demonstrate import DemonstrationSource
@@ -140,6 +141,7 @@ class Parts:
 @contextmanager
 def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[Parts]:
     """The parts of `config`, closed again in the end whatever happens. `env` stands in for the config's `[env]`."""
+    run.add_tracker(LiveReport(run.paths.root, config.report, tell=run.note))
     factory = prepare(config, env)
     model = starting_model(config, factory, run.paths.root)
     save_sources(config, run.paths.root / "sources")

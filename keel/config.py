@@ -219,6 +219,13 @@ class MonitorConfig(Section):
     )
 
 
+class ReportConfig(Section):
+    every_s: float = Field(
+        60.0, ge=0, description="least seconds between rewrites of report.html during the run; 0: none on the way"
+    )
+    at_end: bool = Field(True, description="write report.html when the run ends, however it ends")
+
+
 class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="seed of everything: tasks, draws, initialization")
     steps: int = Field(100, ge=0, description="reinforcement steps")
@@ -245,6 +252,7 @@ class TrainConfig(Section):
     record: RecordConfig = Field(default_factory=RecordConfig, description="step records")
     monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="rules that judge every update")
     log: LogConfig = Field(default_factory=LogConfig, description="display and trackers")
+    report: ReportConfig = Field(default_factory=ReportConfig, description="the page that shows the run")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -232,6 +232,10 @@ class RunLog:
         """Metrics of the evaluations logged so far, by name; after `restore`, of those before the checkpoint."""
         return self._evaluations
 
+    def add_tracker(self, tracker: trackers.Tracker) -> None:
+        """Have one more thing told of every step from now on, and closed after the run's last status is written."""
+        self._trackers.append(tracker)
+
     def note(self, text: str) -> None:
         """Show a line; text of a model or a task is shown as it is, never as markup."""
         self._display.note(text)

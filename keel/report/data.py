@@ -90,7 +90,7 @@ def report_data(
     }
     words = find_token_text(run, config.model.path if config is not None else "")
     room = None if budget_bytes is None else max(0, budget_bytes - len(to_json(data)))
-    page = Page(run, words, room, max_steps)
+    page = Page(run, words, room, max_steps, live=live)
     data |= page.fill(rows, _troubled(alarms, found), gap_limit=100 * healthy[bands.MISMATCH].healthy_max)
     if page.checked:
         data["invariants"].append(invariants.no_failed_world_is_zero(page.checked))

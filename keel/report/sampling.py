@@ -56,11 +56,14 @@ def steps_in_order(
 class Page:
     """Fills `steps` and `episodes` of the report, within `budget_bytes` of JSON (None: everything)."""
 
-    def __init__(self, run: Run, words: TokenText | None, budget_bytes: int | None, max_steps: int) -> None:
+    def __init__(
+        self, run: Run, words: TokenText | None, budget_bytes: int | None, max_steps: int, *, live: bool = False
+    ) -> None:
         self.run = run
         self.words = words
         self.room = budget_bytes
         self.max_steps = max_steps
+        self.live = live
         self.shown: dict[int, dict[int, Json]] = {}
         self.tokens_left_out = 0
         self.checked: list[bool] = []
@@ -135,6 +138,8 @@ class Page:
 
     def _said(self, steps: Sequence[RecordedStep], chosen: Mapping[str, Any]) -> str:
         recorded = len(self.run.steps)
+        if self.live and recorded:
+            return f"All {recorded:,} recorded steps can be read here in full: what is not here comes when asked for."
         if not recorded:
             return "No step was recorded (record.every), so there are no episodes to read."
         if not steps:

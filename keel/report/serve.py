@@ -30,6 +30,8 @@ from keel.report.tokens import find_token_text
 from keel.report.write import page
 from keel.runs import load_run
 
+LIVE_BYTES, LIVE_STEPS = 3_000_000, 6
+"""A live page asks for the steps it is to show, and for everything else anew and anew: that is kept small."""
 LOCAL_NAMES = ("127.0.0.1", "localhost")
 _STEP = re.compile(r"step/(0|[1-9][0-9]{0,8})\.json")
 
@@ -56,8 +58,11 @@ class ReportServer(ThreadingHTTPServer):
         with self._one_at_a_time:
             state = _changes(self.run_dir)
             if self._made[0] != state:
-                self._made = (state, to_json(report_data(self.run_dir, live=True)))
+                self._made = (state, to_json(self._report()))
             return self._made[1]
+
+    def _report(self) -> dict[str, Any]:
+        return report_data(self.run_dir, live=True, budget_bytes=LIVE_BYTES, max_steps=LIVE_STEPS)
 
     def step(self, number: int) -> str | None:
         """STEP `number` in full as JSON, or None if it was not recorded or cannot be read."""
