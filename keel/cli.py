@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -13,19 +14,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import keel
-from keel import cli_eval, cli_new, cli_report, cli_rollout, config_load
+from keel import cli_eval, cli_new, cli_recipes, cli_report, cli_rollout, config_load
 from keel.cli_arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
 from keel.config_docs import as_markdown
+from keel.config_plugins import plugin_modules
 from keel.monitor.exhausted import is_out_of_memory
 from keel.monitor.interrupts import RunInterruptedError
 from keel.monitor.live import duration
-from keel.monitor.printable import printable
+from keel.monitor.printable import one_line, printable
 from keel.secrecy import scrubbed
 from keel.types import Fault
 
 if TYPE_CHECKING:
     from keel.monitor.runlog import RunSummary
 
+ONLY_READ = ("report", "compare", "tiny-model", "new", "recipes", "export")
 DEBUG_VARIABLE = "KEEL_DEBUG"
 EXIT_CODES = f"""\b
 Exit codes:
@@ -52,15 +55,14 @@ app.command("rollout")(cli_rollout.rollout)
 app.command("report")(cli_report.report)
 app.command("compare")(cli_report.compare)
 app.command("eval")(cli_eval.evaluate)
+app.command("recipes")(cli_recipes.recipes)
 
 
 def main() -> None:
-    """Run the command line; an error whose text says everything is told without a traceback.
-
-    Plug-ins may lie in the directory the command is given in, which Python leaves out for installed commands.
-    """
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    """Run the command line; an error whose text says everything is told without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except Exception as error:  # noqa: BLE001 (the border: every error is told here, and none goes on)
@@ -95,11 +97,18 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 (its callback does it all)
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options of keel itself."""
+    """Options of keel itself.
+
+    Plug-ins may lie in the directory a command is given in, which Python leaves out for installed commands. A command
+    that only reads runs does without: that directory may be a stranger's.
+    """
+    if context.invoked_subcommand not in ONLY_READ and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
 
 
 @app.command()
@@ -123,7 +132,9 @@ def train(
 
 @app.command()
 def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]) -> None:
-    """Continue a run from its newest checkpoint."""
+    """Continue a run from its newest checkpoint. Imports the modules that its config names."""
+    if (run_dir / "config.toml").is_file():
+        _announce_imports(run_dir / "config.toml")
     from keel.loop import resume as run
 
     _finish(_ended(run, run_dir))
@@ -168,6 +179,13 @@ def print_config(
 ) -> None:
     """Print a complete, documented config."""
     print(as_markdown() if markdown else config_load.dump(config_load.load(config_file, sets or ())), end="")
+
+
+def _announce_imports(config_file: Path) -> None:
+    """Say which code outside Keel a run's config names: whoever continues another's run imports it."""
+    config = config_load.parse(config_load.read_text(config_file), str(config_file), resolve_plugins=False)
+    if modules := plugin_modules(config):
+        print(f"importing what {one_line(str(config_file))} names: {one_line(', '.join(modules))}")
 
 
 def _ended(run: Callable[..., RunSummary], *arguments: object) -> RunSummary:

@@ -27,6 +27,15 @@ ENGINE_ROOM = "keel.engines"
 REWARD_ROOM = "keel.rewards"
 
 
+def plugin_modules(config: TrainConfig) -> list[str]:
+    """Modules outside Keel that the plug-ins of `config` are in; nothing is imported to find out."""
+    algo = [getattr(config.algo, name) for name in ALGO_ROOMS]
+    ids = [plugin.id for given in algo for plugin in (given if isinstance(given, tuple) else (given,))]
+    ids += [config.env.id, config.env.reward.id, config.engine.id, config.warm_start.demonstrations]
+    modules = {name.rpartition(":")[0] for name in ids}
+    return sorted(module for module in modules if module and module.partition(".")[0] != "keel")
+
+
 def check_plugins(config: TrainConfig, where: Where) -> list[Problem]:
     """Every fault of the plug-ins in `config`; empty sections (an environment given as an object) are left alone."""
     problems = []
@@ -97,22 +106,16 @@ def _check_types(target: Callable[..., Any], options: Mapping[str, Any], path: P
 
 
 def _check_demonstrations(config: TrainConfig, where: Where) -> list[Problem]:
-    """A warm start needs something to imitate, and a tiny model's tokenizer texts to learn from."""
+    """A warm start needs something to imitate; a tiny model's tokenizer learns from the tasks if there is nothing."""
     path = ("warm_start", "demonstrations")
     if config.warm_start.demonstrations:
         return _check(config.warm_start.demonstrations, ENV_ROOM, None, path, path, where)
+    if config.warm_start.steps == 0:
+        return []
     env = plugins.resolve(config.env.id, ENV_ROOM) if config.env.id else None
     base = plugins.resolve("keel.envs.base:Env", ENV_ROOM)
     if not inspect.isclass(env) or getattr(env, "demonstrations", None) not in (None, base.demonstrations):
         return []  # it has some, or is an object or a factory, which the run itself asks
-    fix = 'name demonstrations = "package.module:name", or give the environment a method demonstrations'
-    if config.warm_start.steps > 0:
-        got = f"steps = {config.warm_start.steps}, environment {config.env.id} without demonstrations"
-        return [
-            Problem(
-                where(("warm_start", "steps")), "a warm start needs demonstrations", got, f"{fix}, or set steps = 0"
-            )
-        ]
-    got = f"model.tiny.preset = {shown(config.model.tiny.preset)}, environment {config.env.id} without demonstrations"
-    what = "a tiny model's tokenizer learns its words from demonstrations"
-    return [Problem(where(("model", "tiny", "preset")), what, got, f"{fix}, or set model.path")]
+    got = f"steps = {config.warm_start.steps}, environment {config.env.id} without demonstrations"
+    fix = 'name demonstrations = "package.module:name", give the environment a method demonstrations, or set steps = 0'
+    return [Problem(where(("warm_start", "steps")), "a warm start needs demonstrations", got, fix)]
