@@ -281,6 +281,8 @@ def test_a_reward_is_a_plugin_of_the_environment() -> None:
         parse('[env]\nid = "CalculatorEnv"\nreward = { id = "exact_match", anser_key = "x" }\n')
 
 
-def test_a_tiny_model_needs_demonstrations_to_learn_words_from() -> None:
-    with pytest.raises(ConfigError, match="tokenizer learns its words"):
-        parse('[model.tiny]\npreset = "gpt_oss"\n[env]\nid = "ReasoningGymEnv"\noptions = { datasets = {} }\n')
+def test_a_tiny_model_needs_no_demonstrations_but_those_it_names_must_be_there() -> None:
+    text = '[model.tiny]\npreset = "gpt_oss"\n[env]\nid = "ReasoningGymEnv"\noptions = { datasets = {} }\n'
+    parse(text)
+    with pytest.raises(ConfigError, match="missing_module"):
+        parse(text + '[warm_start]\ndemonstrations = "missing_module:some"\n')
