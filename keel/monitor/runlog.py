@@ -318,6 +318,8 @@ class RunLog:
         with self._interrupts.held_off():
             write_json(self.paths.summary, asdict(summary))
             self._set_status(state, reason)
+        if state == "interrupted" or (state == "failed" and any(self.paths.checkpoints.iterdir())):
+            self.note(f"{state}: {reason}; to go on: keel resume {self.paths.root}")
         self._display.close()
         for tracker in self._trackers:
             tracker.close()
