@@ -16,4 +16,4 @@ EXIT_INTERRUPTED = 130
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.OPTION=VALUE", help="Set an option; may be repeated.")
 ]
-ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config; `keel config` prints one.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config, or a name of `keel recipes`.")]

@@ -21,6 +21,7 @@ from keel.config import Plugin, TrainConfig
 from keel.config_lines import find_lines
 from keel.config_plugins import check_plugins
 from keel.config_problems import ConfigError, Problem, Where, problems_of
+from keel.config_recipes import recipe_text
 
 Sets = Sequence[str]
 
@@ -28,11 +29,13 @@ Sets = Sequence[str]
 def load(path: str | Path | None = None, sets: Sets = ()) -> TrainConfig:
     """The config of a TOML file (None: all defaults) with `--set` arguments "section.option=value" on top.
 
-    Raises ConfigError with every fault found.
+    The bare name of a recipe (`qwen3_0.6b`) stands for its file, unless there is a file of that name here. Raises
+    ConfigError with every fault found.
     """
-    source = str(path) if path is not None else "defaults"
-    text = read_text(Path(path)) if path is not None else ""
-    return parse(text, source, sets)
+    if path is None:
+        return parse("", "defaults", sets)
+    recipe = None if Path(path).exists() else recipe_text(str(path))
+    return parse(read_text(Path(path)) if recipe is None else recipe, str(path), sets)
 
 
 def parse(text: str, source: str = "config", sets: Sets = (), *, resolve_plugins: bool = True) -> TrainConfig:
@@ -146,7 +149,13 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Problem(str(path), "cannot be read", str(error), "give the path of a TOML file")]) from error
+        raise ConfigError(
+            [
+                Problem(
+                    str(path), "cannot be read", str(error), "give the path of a TOML file, or a name of `keel recipes`"
+                )
+            ]
+        ) from error
 
 
 def _syntax_problem(source: str, text: str, error: tomllib.TOMLDecodeError) -> Problem:

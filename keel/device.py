@@ -22,6 +22,14 @@ def resolve_device(name: str) -> torch.device:
     return rank_devices(name, 1)[0]
 
 
+def seen_device(name: str) -> torch.device | None:
+    """The device that `device = name` means on this machine, None if it is not there: for plans of runs elsewhere."""
+    try:
+        return resolve_device(name)
+    except ConfigError:
+        return None
+
+
 def rank_devices(name: str, num_ranks: int) -> tuple[torch.device, ...]:
     """One device for each of `num_ranks` learner processes: cards 0, 1, ... or the CPU for all.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from keel.config import TrainConfig
 from keel.config_problems import ConfigError
 from keel.models.policy import PolicyModel
 from keel.plan import describe_plan, make_plan
+from keel.plan_memory import Memory, verdict
 
 PRESETS = ["gpt_oss", "qwen3", "qwen3_moe"]
 
@@ -129,3 +132,80 @@ def test_the_text_tells_stages_and_invariants(tiny_checkpoint):
     assert "policy/ratio_max_dev is exactly 0" in text
     several = describe_plan(make_plan(config_for(tiny_checkpoint(), algo={"updates_per_batch": 2})))
     assert "policy/ratio_max_dev is exactly 0" not in several
+
+
+def test_memory_given_back_counts_once(tiny_checkpoint):
+    plan = make_plan(config_for(tiny_checkpoint(), engine={"slots": 4, "free_cache": "on"}))
+    memory = plan.memory
+    learning = memory.gradients + memory.activations + memory.head
+    assert plan.peak_bytes == memory.weights + memory.optimizer + max(learning, memory.key_values)
+    assert make_plan(config_for(tiny_checkpoint(), engine={"slots": 4})).peak_bytes == memory.total  # on the CPU: off
+
+
+def test_the_fullest_card_holds_its_share_and_the_engine():
+    memory = Memory(80, 40, 160, 0, activations=10, head=6, key_values=20, engine_weights=80)
+    assert memory.peak(ranks=4, on_card=True, frees_cache=False) == 20 + 10 + 40 + 10 + 6 + 20 + 80
+    assert memory.peak(ranks=4, on_card=True, frees_cache=True) == 20 + 40 + 80 + max(10 + 10 + 6, 20)
+    assert memory.peak(ranks=4, on_card=False, frees_cache=False) == 80 + 40 + 160 + 4 * (10 + 6) + 20 + 80
+
+
+SMALL = {"batch": {"max_tokens": 16}, "engine": {"slots": 1}, "rollout": {"max_sequence_tokens": 512}}
+"""A batch so small that the weights are most of it."""
+
+
+@pytest.mark.parametrize(
+    ("values", "knob"),
+    [
+        (SMALL, "lora.rank = 32"),
+        ({**SMALL, "model": {"lora": {"rank": 4}}}, 'model.dtype = "bfloat16"'),
+        (
+            {"model": {"dtype": "bfloat16", "lora": {"rank": 4}}, "batch": {"max_tokens": 10**6}},
+            "gradient_checkpointing",
+        ),
+        ({"model": {"dtype": "bfloat16", "lora": {"rank": 4}}, "engine": {"slots": 10**6}}, "lower engine.slots"),
+        (
+            {
+                "model": {"dtype": "bfloat16", "lora": {"rank": 4}, "gradient_checkpointing": True},
+                "batch": {"max_tokens": 10**7},
+                "engine": {"slots": 1},
+            },
+            "lower batch.max_tokens",
+        ),
+    ],
+)
+def test_what_does_not_fit_names_the_option_that_saves_most(tiny_checkpoint, values, knob):
+    config = config_for(tiny_checkpoint(), **values)
+    plan = make_plan(config)
+    told = verdict(config, plan.memory, plan.peak_bytes, plan.peak_bytes // 2)
+    assert told.startswith("does not fit in ")
+    assert knob in told
+    assert verdict(config, plan.memory, plan.peak_bytes, 2 * plan.peak_bytes).startswith("fits in ")
+    assert plan.device == "cpu"
+
+
+def test_weights_that_are_too_large_by_themselves_are_told_so():
+    config = TrainConfig.model_validate({"model": {"dtype": "bfloat16", "lora": {"rank": 4}}})
+    memory = Memory(10**12, 0, 0, 0, 0, 0, 0, 0)
+    assert "take a smaller model" in verdict(config, memory, memory.total, 80 * 2**30)
+    assert verdict(config, memory, 60 * 2**30, None) == "fits a card of 80 GiB"
+    assert "does not fit any usual card" in verdict(config, memory, memory.total, None)
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(tmp_path, tiny_checkpoint, monkeypatch):
+    marker = tmp_path / "was run"
+    code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import PretrainedConfig as C, PreTrainedModel as M\n"
+    for name in ("configuration_strange.py", "modeling_strange.py"):
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    auto_map = {"AutoConfig": "configuration_strange.C", "AutoModelForCausalLM": "modeling_strange.M"}
+    values = {"model_type": "strange", "auto_map": auto_map}
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"code of its own, which is not run[^$]*model\.trust_remote_code = true"):
+        make_plan(config_for(str(tmp_path)))
+    with pytest.raises(ValueError, match="custom code"):
+        PolicyModel.load(tmp_path)
+    assert not marker.exists()
+    # A known architecture is built from transformers' own code, whatever lies beside it.
+    values = json.loads(Path(tiny_checkpoint("qwen3"), "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": auto_map}), encoding="utf-8")
+    assert make_plan(config_for(str(tmp_path))).model_type == "qwen3"
+    assert not marker.exists()
