@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from keel.monitor.rows import RunDirectoryError
+from keel.report import wholeness
 from keel.report.plain import cut, number, plain
 from keel.report.tokens import TokenText, token_streams
 from keel.runs import Run, SequenceView, StepRecord
@@ -86,12 +87,14 @@ def read_step(run: Run, step: int) -> RecordedStep | None:
     record: StepRecord | None = None
     try:
         trajectories = run.trajectories(step)
-    except RunDirectoryError as error:
+        wholeness.check_trajectories(trajectories, f"trajectories of step {step}")
+    except (RunDirectoryError, ValueError) as error:
         _tell(run, error)
+        return None
     try:
         record = run.step(step)
-        _ = record.sequences, record.streams["rewards"]
-    except (RunDirectoryError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        wholeness.check_record(record, f"record of step {step}")
+    except (RunDirectoryError, ValueError, TypeError, KeyError) as error:
         _tell(run, error)
         record = None
     return RecordedStep(step, trajectories, record) if trajectories else None

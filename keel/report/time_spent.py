@@ -36,7 +36,7 @@ def time_spent(rows: Sequence[Row]) -> list[dict[str, Any]]:
     between = sum(gap for kind, gap in running if kind == "step")
     found.append(("evaluation", sum(gap for kind, gap in running if kind == "eval")))
     found.append(("checkpoints, records, other", between + max(0.0, inside - sum(seconds for _, seconds in found[:3]))))
-    return [{"phase": name, "seconds": number(seconds, 6)} for name, seconds in found if seconds > 0]
+    return [{"phase": name, "seconds": number(seconds)} for name, seconds in found if number(seconds) and seconds > 0]
 
 
 def _gap(before: Row, after: Row) -> float:
