@@ -124,7 +124,7 @@ class EvaluationResult:
     def _repr_html_(self) -> str:
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            f"<td style='text-align:left'>{html.escape(one_line(value))}</td></tr>"
             for name, value in self.rows()
         )
         return f"<table>{cells}</table>"

@@ -15,6 +15,8 @@ import pytest
 from keel.chat.base import Reply
 from keel.engines.base import DrawnSpan, EngineError, GenerateResult
 from keel.envs.base import Env, EnvError, Step
+from keel.envs.task_env import task_env
+from keel.rewards.base import Score
 from keel.rollouts.episode import Attempt, EpisodeSettings, add_reward, run_episode
 from keel.rollouts.tokens import TokenRecordError
 from keel.types import MISSING_ROUTE, Message, SamplingSettings, Task, Trajectory
@@ -395,3 +397,70 @@ def test_a_failed_trajectory_is_not_judged() -> None:
 
     spoiled = finished(status="engine_error", error="gone")
     assert asyncio.run(add_reward(spoiled, judge, timeout_s=60.0)) is spoiled
+
+
+class Judged(Echo):
+    """An environment that judges the finished episode as a whole."""
+
+    def __init__(self, verdict: Callable[[Trajectory], Any]) -> None:
+        super().__init__()
+        self.verdict = verdict
+
+    def judge(self, trajectory: Trajectory, task: Task) -> Any:
+        assert task is trajectory.task
+        return self.verdict(trajectory)
+
+
+def test_a_judge_adds_to_what_the_steps_gave(letter_chat: Any, replay_engine: Any) -> None:
+    env = Judged(lambda done: Score(float(len(done.turns)), {"turns": float(len(done.turns))}, success=False))
+    done = play(env, replay_engine(replies("call:a", "final:yes")), letter_chat())
+    assert (done.reward, done.success, done.status) == (1.25 + 2.0, False, "completed")
+    assert done.reward_parts == {"call": 0.25, "answer": 1.0, "turns": 2.0}
+
+
+def test_a_truncated_episode_is_judged_and_a_failed_one_is_not(letter_chat: Any, replay_engine: Any) -> None:
+    def verdict(done: Trajectory) -> Score:
+        seen.append(done.status)
+        return Score(0.5)
+
+    seen: list[str] = []
+    cut = play(Judged(verdict), replay_engine(replies("call:a", "call:b")), letter_chat(), max_turns=2)
+    assert (cut.status, cut.reward, cut.success) == ("truncated", 2 * 0.25 + 0.5, None)
+    gone = play(Judged(verdict), replay_engine(replies(EngineError("gone"))), letter_chat())
+    assert (gone.status, gone.reward) == ("engine_error", 0.0)
+    assert seen == ["truncated"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status", "said"),
+    [
+        (lambda done: Score(float("nan")), "env_error", "judge() returns a finite number; got float nan"),
+        (lambda done: Score(1.0, {"part": float("inf")}), "env_error", "part() returns a finite number"),
+        (lambda done: None, "env_error", "judge() returns a finite number; got NoneType"),
+        (lambda done: 1 / 0, "env_error", "judge() raised ZeroDivisionError"),
+        (lambda done: threading.Event().wait(), "env_timeout", "judge(): no answer within 0.05 s"),
+    ],
+)
+def test_a_judge_that_fails_makes_a_failure_not_a_zero(
+    letter_chat: Any, replay_engine: Any, verdict: Any, status: str, said: str
+) -> None:
+    done = play(Judged(verdict), replay_engine(replies("final:yes")), letter_chat(), step_timeout_s=0.05)
+    assert (done.status, done.failed) == (status, True)
+    assert said in str(done.error)
+
+
+@pytest.mark.parametrize("hang", [lambda *_: threading.Event().wait(), lambda *_: asyncio.Event().wait()])
+def test_a_reward_of_a_task_env_that_hangs_is_left_behind(letter_chat: Any, replay_engine: Any, hang: Any) -> None:
+    env = task_env([{"question": "ask"}], reward=hang, eval_share=0.0)()
+    done = play(env, replay_engine(replies("final:yes")), letter_chat(), step_timeout_s=0.05)
+    assert done.status == "env_timeout"
+
+
+def test_a_reward_that_cannot_be_computed_is_told_once_and_whole(letter_chat: Any, replay_engine: Any) -> None:
+    def late(trajectory: Trajectory, task: Task) -> float:
+        raise ConnectionError("no judge")
+
+    env = task_env([{"question": "ask"}], reward=["exact_match", late], answer="question", eval_share=0.0)()
+    done = play(env, replay_engine(replies("final:ask")), letter_chat())
+    assert done.status == "env_error"
+    assert str(done.error).startswith("reward late raised ConnectionError: no judge (test_episode.py:")
