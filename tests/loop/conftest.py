@@ -141,7 +141,7 @@ def _tensors(path: Path, name: str) -> dict[str, Any]:
 def _timeless(value: Any) -> Any:
     """`value` without seconds, speeds and process numbers."""
     if isinstance(value, dict):
-        dropped = ("run_dir", "seconds", "pid")
+        dropped = ("run_dir", "seconds", "pid", "memory/resident_mib")
         return {key: _timeless(item) for key, item in value.items() if key not in dropped and not key.endswith("_s")}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 

@@ -8,6 +8,8 @@ call number n of another function f if `armed_by` is [f, n]. `how` is the manner
     after       killed when the call has done its work
     torn        the call writes half of the file (or line) it was to write, then killed
     interrupt   Ctrl-C as the call begins
+    terminate   SIGTERM as the call begins
+    at once     Ctrl-C as the call begins, and again as soon as the first has been answered
 
 Nothing of keel is replaced: the call does what it always does until the process is gone.
 """
@@ -32,9 +34,16 @@ def die() -> None:
     threading.Event().wait()  # the signal is on its way
 
 
-def interrupt() -> None:
+def interrupt(number: signal.Signals = signal.SIGINT) -> None:
     """As a terminal does it: to the process, whichever thread this is."""
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), number)
+
+
+def interrupt_again(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let the answer to an interrupt be given, and interrupt once more."""
+    result = function(*args, **kwargs)
+    interrupt()
+    return result
 
 
 def tear(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,13 +93,13 @@ def take_aim(at: str, call: int = 1, how: str = "before", match: str = "", armed
         calls += armed and match in f"{args} {kwargs}"
         if not armed or calls != call or match not in f"{args} {kwargs}":
             return function(*args, **kwargs)
-        calls += 1  # once is enough for Ctrl-C
+        calls += 1  # once is enough
         if how == "torn":
             tear(function, args, kwargs)
         if how == "before":
             die()
-        if how == "interrupt":
-            interrupt()
+        if how in ("interrupt", "terminate", "at once"):
+            interrupt(signal.SIGTERM if how == "terminate" else signal.SIGINT)
         result = function(*args, **kwargs)
         if how == "after":
             die()
@@ -99,6 +108,8 @@ def take_aim(at: str, call: int = 1, how: str = "before", match: str = "", armed
     if armed_by[0]:
         watch(armed_by[0], arm)
     watch(at, kill)
+    if how == "at once":
+        watch("keel.monitor.watchdog:Watchdog.say", interrupt_again)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ def write_checkpoints(path: Path, *steps: int) -> None:
 
 
 def test_interrupted_damaged_and_resumed(run, same_as_undisturbed):
-    """Ctrl-C in the midst of a rollout is recorded; the newest checkpoint is found damaged; the run still ends as the
-    undisturbed one, and once it has, resuming it changes nothing."""
+    """Ctrl-C, twice, in the midst of a rollout is recorded; the newest checkpoint is found damaged; the run still ends
+    as the undisturbed one, and once it has, resuming it changes nothing."""
     aim = {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.loop:train_step", 20]}
-    assert run.go({**aim, "how": "interrupt"}) == 130
+    assert run.go({**aim, "how": "at once"}) == 130
     assert "Traceback" not in run.output
     status, summary = run.json("status.json"), run.json("summary.json")
     assert (status["state"], summary["state"]) == ("interrupted", "interrupted")
