@@ -25,14 +25,13 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for use as a script
 from keel import config_load
 from keel.monitor.rows import SCHEMA_VERSION, plain_numbers, write_json, write_text
 from keel.monitor.wilson import success_metrics
 from keel.rollouts.store import write_step_record, write_trajectories
 from keel.types import Message, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from hostile import HOSTILE, SMALL
+from tests.hostile import HOSTILE, SMALL
 
 LONGEST = 250_000
 """Characters of the longest hostile text: far more than a page shows of one."""
