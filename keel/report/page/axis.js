@@ -20,11 +20,11 @@ function stagesOf(series) {
 function sharesOf(stages) {
   const total = stages.reduce((sum, stage) => sum + stage.last - stage.first, 0) || 1;
   const shares = stages.map((stage) => Math.max((stage.last - stage.first) / total, SHORTEST_STAGE));
-  const warm = stages.findIndex((stage) => stage.stage === "warm_start");
-  if (warm >= 0 && stages.length > 1) shares[warm] = Math.min(shares[warm], WARM_START_AT_MOST);
+  const warm = stages.length > 1 ? stages.findIndex((stage) => stage.stage === "warm_start") : -1;
+  if (warm >= 0) shares[warm] = Math.min(shares[warm], WARM_START_AT_MOST);
   const others = shares.reduce((sum, share, at) => (at === warm ? sum : sum + share), 0);
-  const room = warm >= 0 && stages.length > 1 ? 1 - shares[warm] : 1;
-  return shares.map((share, at) => (at === warm && stages.length > 1 ? share : (share / others) * room));
+  const room = warm >= 0 ? 1 - shares[warm] : 1;
+  return shares.map((share, at) => (at === warm ? share : (share / others) * room));
 }
 
 function makeAxis(data) {

@@ -4,6 +4,15 @@
 const MARGIN = { l: 46, r: 12, t: 8, b: 20 };
 const ZERO_STANDS_AT = 10; // decades below the largest value shown where an exact 0 is drawn on a log axis, at most
 
+// In a warm start these speak of the demonstrations, not of the policy.
+const DEMONSTRATED = new Set(["reward/mean", "success"]);
+
+/** A log scale where most values would otherwise lie flat on the floor. */
+function scaleFor(values) {
+  const sorted = (values ?? []).filter((value) => typeof value === "number" && value > 0).sort((a, b) => a - b);
+  return sorted.length > 4 && sorted.at(-1) > 12 * sorted[sorted.length >> 1] ? "log" : "linear";
+}
+
 /** Values as drawn: themselves, or their log10 with 0 put on the floor. */
 function drawnValues(values, scale, floor) {
   if (scale !== "log") return values;
@@ -32,7 +41,7 @@ function valueAxis(spec, scale, range) {
   const limit = spec.band ? [{ values: [spec.band.healthy_max], positions: [range[0]] }] : [];
   const { low, high, least } = extentOf([...spec.lines, ...limit], range);
   if (scale === "log") {
-    const top = Math.ceil(Math.log10(high > 0 ? high : 1) + 0.05);
+    const top = Math.ceil(Math.log10(high > 0 ? high : 1) + 0.01);
     const bottom = Math.max(Math.floor(Math.log10(Number.isFinite(least) ? least : high || 1) - 0.05), top - ZERO_STANDS_AT);
     const floor = low <= 0 ? bottom - 1 : bottom;
     const every = Math.max(1, Math.ceil((top - floor) / 4));
@@ -79,7 +88,7 @@ function traceOf(line, y) {
   if (line.low) {
     const above = line.values.map((value, at) => Math.max(line.high[at] - value, 0));
     const below = line.values.map((value, at) => Math.max(value - line.low[at], 0));
-    trace.error_y = { type: "data", symmetric: false, array: above, arrayminus: below, color: styleOf(line.colour), thickness: 1.4, width: 5 };
+    trace.error_y = { type: "data", symmetric: false, array: above, arrayminus: below, color: `${styleOf(line.colour)}66`, thickness: 5, width: 0 };
   }
   // A single value between gaps has no line to either side: markers make it seen.
   if (!line.points && y.filter((value) => typeof value === "number").length < 3) {
@@ -93,6 +102,9 @@ function shapesOf(axis, spec, value) {
   const edge = { color: styleOf("--line-strong"), width: 1, dash: "dot" };
   const shapes = axis.segments.slice(1).map((segment) => (
     { type: "line", xref: "x", yref: "paper", x0: segment.from, x1: segment.from, y0: 0, y1: 1, line: edge, layer: "below" }));
+  if (typeof spec.parting === "number") {
+    shapes.push({ type: "line", xref: "x", yref: "paper", x0: spec.parting, x1: spec.parting, y0: 0, y1: 1, line: { color: styleOf("--muted"), width: 1.2 }, layer: "below" });
+  }
   if (spec.band && spec.scale === "log") {
     const top = Math.log10(spec.band.healthy_max);
     shapes.push({
@@ -111,7 +123,7 @@ function stageNames(axis, range, width) {
     if (!Object.hasOwn(STAGE_WORDS, segment.stage) || room < 60) return [];
     const font = { size: 10, color: styleOf("--muted") };
     const place = { xref: "x", yref: "paper", x: from, y: 1, xanchor: "left", yanchor: "top", xshift: 2, yshift: 7 };
-    return [{ ...place, text: STAGE_WORDS[segment.stage], showarrow: false, font, captureevents: false }];
+    return [{ ...place, text: STAGE_WORDS[segment.stage], showarrow: false, font, bgcolor: styleOf("--card"), borderpad: 0, captureevents: false }];
   });
 }
 

@@ -34,11 +34,12 @@ function replace(node, ...children) {
 const INVISIBLE =
   /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e007f}]|\p{Cs}/gu;
 
-/** What stands for a character that would not be seen: a control picture, or its number. */
+const CONTROL_NAMES = ("NUL SOH STX ETX EOT ENQ ACK BEL BS TAB LF VT FF CR SO SI DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US").split(" ");
+
+/** What stands for a character that would not be seen: the name of a control, or its number. */
 function pictured(character) {
   const code = character.codePointAt(0);
-  if (code < 0x20) return String.fromCodePoint(0x2400 + code);
-  if (code === 0x7f) return "\u2421";
+  if (code < 0x20) return `\u2039${CONTROL_NAMES[code]}\u203a`;
   return "\u2039" + "U+" + code.toString(16).toUpperCase().padStart(4, "0") + "\u203a";
 }
 
@@ -99,4 +100,15 @@ function segmented(label, options, value, chosen) {
 /** A custom property of the page's style, such as "--accent". */
 function styleOf(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+/** Runs `begin`; if it fails the page says so instead of standing empty. */
+function guarded(begin) {
+  try {
+    begin();
+  } catch (error) {
+    const message = String(error?.message ?? error).slice(0, 300);
+    document.querySelector("main").prepend(el("p", { class: "notice bad", role: "alert" }, "The page could not be drawn: ", foreign(message)));
+    throw error;
+  }
 }

@@ -59,10 +59,4 @@ function start() {
   if (store.data.live) keepFresh(store, (text) => replace(document.getElementById("live"), text));
 }
 
-try {
-  start();
-} catch (error) {
-  const message = String(error?.message ?? error).slice(0, 300);
-  document.querySelector("main").prepend(el("p", { class: "notice bad", role: "alert" }, "The report could not be drawn: ", foreign(message)));
-  throw error;
-}
+guarded(start);

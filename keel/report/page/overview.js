@@ -1,14 +1,5 @@
 // The first screen. Charts share one axis, one pointer and one zoom; read-outs stand in the heads of their cards.
 
-// In a warm start these speak of the demonstrations, not of the policy.
-const DEMONSTRATED = new Set(["reward/mean", "success"]);
-
-/** A log scale where most values would otherwise lie flat on the floor. */
-function scaleFor(values) {
-  const sorted = (values ?? []).filter((value) => typeof value === "number" && value > 0).sort((a, b) => a - b);
-  return sorted.length > 4 && sorted.at(-1) > 25 * sorted[sorted.length >> 1] ? "log" : "linear";
-}
-
 /** What is drawn: title, lines of series, scale, and the words that say what is healthy. */
 function chartSpecs(data, axis) {
   const series = data.series;
@@ -30,7 +21,7 @@ function chartSpecs(data, axis) {
   const band = data.bands["mismatch/abs_mean"];
   return [
     { key: "success", title: "Held-out success", lines: [line("success", "--faint-line", { width: 1 }), heldOut], range: [0, 1], unit: "share", scale: "linear", evaluations,
-      words: "Dots: held-out, with 95\u202f% interval. Thin: training. Healthy: both rise together.", none: "No evaluation yet, and the environment names no success." },
+      words: "Dots: held-out, with 95\u00a0% interval. Thin: training. Healthy: both rise together.", none: "No evaluation yet, and the environment names no success." },
     { key: "reward", title: "Reward", lines: trend("reward/mean"), scale: "linear", value: "reward/mean",
       words: "Mean of a step\u2019s episodes. Healthy: rises, then settles; noise is normal.", none: "No step has been rewarded yet." },
     { key: "mismatch", title: "Mismatch", lines: [line("mismatch/abs_max", "--faint-line", { width: 1 }), line("mismatch/abs_mean", "--accent")], scale: "log", value: "mismatch/abs_mean", band, unit: "nats", fixedScale: true,
@@ -81,14 +72,14 @@ function buildOverview(section, store, range) {
   const cards = chartSpecs(data, axis).map((spec) => chartCard(spec, data));
   const where = el("span", { class: "where" });
   const said = el("p", { class: "words alarm-words" });
-  const restWords = () => (data.alarms.length ? "Hover or focus a mark for what it says." : `No alarm in ${counted(data.series.train_step.length, "recorded step")}.`);
+  const restWords = () => (data.alarms.length ? "Hover or focus a mark for what it says." : "Rules watch every step; what they say stands here.");
   const say = (alarm, count) => replace(said, alarm ? [stepWords(alarm), count > 1 ? ` (${count}\u00d7)` : "", ": ", foreign(alarm.text, { limit: 160, more: false })] : restWords());
   say(null);
   const timeline = data.alarms.length ? alarmTimeline(axis, data.alarms, store.steps, say) : null;
-  const calm = data.series.train_step.length ? "\u2713 Nothing to report" : "Nothing has been watched yet.";
+  const watched = data.series.train_step.length > 0;
   const alarmCard = el("figure", { class: "card chart-card", "data-chart": "alarms" },
     el("figcaption", {}, el("h3", {}, "Alarms"), el("span", { class: "value" }, el("b", {}, number(data.alarms.length)))),
-    timeline ? timeline.box : el("p", { class: "empty-text calm" }, calm), said);
+    timeline ? timeline.box : el("p", { class: watched ? "empty-text calm" : "empty-text" }, watched ? "\u2713 Nothing to report" : "No step has been watched yet."), said);
   const stages = axis.segments.length > 1 ? stageChoice(axis, (next) => zoom(next)) : null;
   const bar = el("div", { class: "axis-bar" },
     el("span", { class: "muted" }, axis.stretched ? "Across: training step; stages not to one scale" : "Across: training step"), where, stages);

@@ -3,7 +3,7 @@
 const NOTES_SHOWN = 3;
 const VERDICT_MARK = { good: "\u2713", warn: "!", bad: "\u2715", running: "\u25b8" };
 const VERDICT_WORD = { good: "Sound", warn: "Look here", bad: "Broken", running: "Running" };
-const STATE_KIND = { completed: "good", running: "running", starting: "running", stopped: "warn", interrupted: "warn", failed: "bad" };
+const STATE_KIND = { completed: "good", running: "running", starting: "running", stopped: "warn", interrupted: "warn", failed: "bad", crashed: "bad" };
 
 /** Header facts: what was trained, on what, when, and how far it is. */
 function headerFacts(run) {
@@ -23,13 +23,14 @@ function verdictPanel(data) {
   const level = VERDICT_MARK[data.verdict?.level] ? data.verdict.level : "warn";
   const link = firstBad(data.verdict ?? {});
   const notes = (data.verdict?.notes ?? []).map(noteItem);
-  const reason = data.run?.reason ? el("p", { class: "reason" }, foreign(data.run.reason, { limit: 240 })) : null;
+  const text = String(data.verdict?.text || "No verdict yet.");
+  const reason = data.run?.reason && !text.includes(data.run.reason) ? el("p", { class: "reason" }, foreign(data.run.reason, { limit: 240 })) : null;
   return el("section", { class: `verdict ${level}`, "aria-label": "Verdict" },
     el("span", { class: "verdict-mark", "aria-hidden": "true" }, VERDICT_MARK[level]),
     el("div", { class: "verdict-text" },
-      el("h2", {}, el("span", { class: "visually-hidden" }, `${VERDICT_WORD[level]}: `), foreign(data.verdict?.text || "No verdict yet.", { limit: 300 }), link ? [" ", link] : null),
+      el("h2", { class: text.length > 150 ? "long" : "" }, el("span", { class: "visually-hidden" }, `${VERDICT_WORD[level]}: `), foreign(text, { limit: 400 }), link ? [" ", link] : null),
       reason),
-    notes.length ? el("ul", { class: "verdict-notes", "aria-label": "Notes" }, notes.slice(0, NOTES_SHOWN), moreNotes(notes.slice(NOTES_SHOWN))) : null);
+    notes.length ? el("ul", { class: "verdict-notes", "aria-label": "Notes" }, shownNotes(notes)) : null);
 }
 
 /** The first bad step, as a link where its episodes can be read. */
@@ -49,8 +50,11 @@ function noteItem(note) {
   return el("li", {}, el("details", {}, el("summary", {}, foreign(text.slice(0, end) + ".")), foreign(text.slice(end + 2), { limit: 1200 })));
 }
 
-function moreNotes(notes) {
-  return notes.length ? el("li", {}, el("details", {}, el("summary", {}, `and ${counted(notes.length, "more note")}`), el("ul", {}, notes))) : null;
+/** Three lines at most: the notes, or the first two and how many more there are. */
+function shownNotes(notes) {
+  if (notes.length <= NOTES_SHOWN) return notes;
+  const rest = notes.slice(NOTES_SHOWN - 1);
+  return [notes.slice(0, NOTES_SHOWN - 1), el("li", {}, el("details", {}, el("summary", {}, `and ${counted(rest.length, "more note")}`), el("ul", {}, rest)))];
 }
 
 /** A strip: one cell an invariant, broken ones first, each with how often it held. */

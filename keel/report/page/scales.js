@@ -34,14 +34,16 @@ const WEIGHT_BINS = [
   { label: "> 2", paint: tint("--high", 1), holds: () => true },
 ];
 
-/** Seven bins from -bound to bound, 0 by itself; `bound` is the largest advantage in the episode's group. */
+/** Seven bins: 0, and to either side thirds of `bound`, the largest advantage in the episode's group. */
 function advantageBins(bound) {
-  const side = (sign, colour) => [1, 2 / 3, 1 / 3].map((share, at) => ({
-    label: `${sign < 0 ? "\u2265 \u2212" : "\u2264 "}${number(share * bound, 2)}`, paint: tint(colour, [1, 0.6, 0.25][at]),
-    holds: sign < 0 ? (value) => value < 0 && value >= -share * bound * 1.000001 && value < -(share - 1 / 3) * bound * 1.000001
-      : (value) => value > 0 && value <= share * bound * 1.000001 && value > (share - 1 / 3) * bound * 1.000001,
-  }));
-  return [...side(-1, "--low"), { label: "0", paint: "transparent", holds: (value) => value === 0 }, ...side(1, "--high").reverse()];
+  const [third, two] = [bound / 3, (2 * bound) / 3];
+  const bin = (label, colour, strength, holds) => ({ label, paint: tint(colour, strength), holds });
+  return [
+    bin(`\u2264 ${number(-two, 2)}`, "--low", 1, (value) => value <= -two), bin(`\u2264 ${number(-third, 2)}`, "--low", 0.6, (value) => value <= -third),
+    bin("< 0", "--low", 0.25, (value) => value < 0), { label: "0", paint: "transparent", holds: (value) => value === 0 },
+    bin("> 0", "--high", 0.25, (value) => value < third), bin(`\u2265 ${number(third, 2)}`, "--high", 0.6, (value) => value < two),
+    bin(`\u2265 ${number(two, 2)}`, "--high", 1, () => true),
+  ];
 }
 
 function categoryBins(values, none) {
@@ -64,7 +66,7 @@ const COLOURING_WORDS = {
   origin: "Who wrote the token. Only policy and demonstration tokens can be trained on.",
   mismatch: "|log-prob of the learner \u2212 log-prob of the engine|, in nats. 10\u207b\u2074 and more counts as an outlier.",
   importance_weight: "What the loss of the token is multiplied by to make up for the mismatch.",
-  advantage: "How much better (orange) or worse (blue) than its group the attempt was; bounds are the group\u2019s.",
+  advantage: "How much better (orange) or worse (blue) than its group the attempt was; bounds are thirds of the group\u2019s largest.",
   entropy: "Of the learner\u2019s distribution before the token, in nats: 0 is certainty.",
   mask_reason: "Why a token is left out of the loss.",
 };

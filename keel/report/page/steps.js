@@ -136,7 +136,7 @@ function stepList(store, place) {
     } else {
       const steps = listedSteps(store, filter);
       rows = steps.map((one) => () => stepRow(store, one, one.stage === "reinforcement" && String(one.step) === step));
-      replace(summary, `${counted(steps.length, "step")}, newest first; mean reward, success`);
+      replace(summary, `${counted(steps.length, "step")}; reward, success`);
     }
     replace(list, rows.slice(0, shown).map((make) => make()));
     if (!rows.length) list.append(el("li", { class: "empty-text" }, narrows(filter) ? "Nothing matches." : "No step has been recorded yet."));

@@ -1,6 +1,6 @@
 // The data of the page: what was written into it, steps fetched when served, and live refreshes. Never executed, only read.
 
-const POLL_SECONDS = 4;
+const POLL_SECONDS = 2;
 
 function readData() {
   const data = JSON.parse(document.getElementById("keel-data").textContent);

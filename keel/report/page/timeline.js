@@ -1,7 +1,7 @@
 // Alarms on the step axis: one lane per rule, one mark per stretch of steps. Rules and texts come from the run, so nothing here goes through plotly.
 
 const SEVERITIES = ["warn", "skip", "stop"];
-const LANES_SHOWN = 6;
+const LANES_SHOWN = 6; // with one more line for the others
 
 /** Alarms of one rule and severity whose steps follow one another become one stretch. */
 function stretchesOf(alarms) {
@@ -34,8 +34,9 @@ function alarmTimeline(axis, alarms, steps, said) {
   const box = el("div", { class: "lanes" });
   const hair = el("div", { class: "hair", hidden: true });
   const byRule = [...stretchesOf(alarms)].sort((a, b) => worst(b[1]) - worst(a[1]) || a[1][0].from - b[1][0].from);
+  const shown = byRule.length > LANES_SHOWN ? LANES_SHOWN - 1 : LANES_SHOWN;
   const marks = [];
-  for (const [rule, stretches] of byRule.slice(0, LANES_SHOWN)) {
+  for (const [rule, stretches] of byRule.slice(0, shown)) {
     const lane = el("div", { class: "lane" });
     for (const stretch of stretches.slice(0, 200)) {
       const mark = alarmMark(stretch, steps, said);
@@ -44,7 +45,7 @@ function alarmTimeline(axis, alarms, steps, said) {
     }
     box.append(el("div", { class: "lane-row" }, el("span", { class: "lane-name" }, foreignLine(rule.replaceAll("_", " "), 40)), lane));
   }
-  if (byRule.length > LANES_SHOWN) box.append(el("p", { class: "muted small" }, `and ${counted(byRule.length - LANES_SHOWN, "other rule")}`));
+  if (byRule.length > shown) box.append(el("p", { class: "muted small" }, `and ${counted(byRule.length - shown, "other rule")}`));
   box.append(hair);
   const laneLeft = () => (box.querySelector(".lane")?.offsetLeft ?? 0);
   const laneWidth = () => box.querySelector(".lane")?.clientWidth || 1;

@@ -2,10 +2,16 @@
 
 const TOKENS_AT_ONCE = 6000;
 
+/** The UTF-8 bytes of a text; text of other bytes than these was spelled for lack of a character. */
+function hexadecimal(text) {
+  return Array.from(new TextEncoder().encode(text), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 /** A token as it is shown: breaks and blanks visible, bytes that are no text in hexadecimal. */
 function tokenNodes(text, bytes, broken = true) {
   const whole = text ?? "";
-  if (whole === "" || whole.includes("\ufffd")) return [el("span", { class: "control", title: "bytes" }, bytes ? `\u27e8${bytes}\u27e9` : "\u25a1")];
+  if (whole !== "" && bytes && bytes !== hexadecimal(whole)) return [el("span", { class: "control", title: "bytes that are no whole character" }, visibleNodes(whole))];
+  if (whole === "") return [el("span", { class: "control", title: "bytes" }, bytes ? `\u27e8${bytes}\u27e9` : "\u25a1")];
   if (/^ +$/.test(whole)) return [el("span", { class: "blank" }, "\u00b7".repeat(whole.length))];
   const nodes = [];
   for (const part of whole.split(/([\n\t])/)) {
