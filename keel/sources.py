@@ -181,15 +181,14 @@ def _code_file(item: Any) -> str | None:
 
 
 def _keep(directory: Path, source: Source) -> str:
-    """Write a source under a free name, or find it written already; the name."""
+    """Write a source under a free name, or find its text written already; the name."""
     directory.mkdir(exist_ok=True)
-    stem = "".join(c if c.isalnum() or c in "_-" else "_" for c in source.name)[:60]
-    number = 1
-    while True:
-        path = directory / (f"{stem}.py" if number == 1 else f"{stem}.{number}.py")
-        if not path.exists():
-            write_text(path, source.text)
-            return path.name
+    for path in sorted(directory.glob("*.py")):
         if path.read_text(encoding="utf-8") == source.text:
             return path.name
+    stem = "".join(c if c.isalnum() or c in "_-" else "_" for c in source.name)[:60]
+    number = 1
+    while (path := directory / (f"{stem}.py" if number == 1 else f"{stem}.{number}.py")).exists():
         number += 1
+    write_text(path, source.text)
+    return path.name
