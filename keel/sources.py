@@ -59,7 +59,8 @@ def save_sources(config: TrainConfig, directory: Path) -> None:
     for option, name, room in _plugins(config):
         target = plugins.resolve(name, room)
         found = list(sources_of(target))
-        note = "" if found or not _is_own(target) else "no source is available: it was not written to a file or a cell"
+        nowhere = not found and any(True for _ in _reached(target))
+        note = "no source is available: it was not written to a file or a cell" if nowhere else ""
         if found or note:
             files = [_keep(directory, source) for source in found]
             entries.append({"option": option, "name": name, "files": files, **({"note": note} if note else {})})

@@ -158,7 +158,7 @@ def test_the_run_knows_its_objects_and_has_their_cell(executed):
     assert (run.config.env.id, run.config.env.reward.id) == ("__main__:Echo", "__main__:brevity")
     assert run.config.algo.loss.id == "__main__:policy_gradient"
     (source,) = (run.path / "sources").glob("*.py")
-    assert source.read_text() == OBJECTS.strip()
+    assert source.read_text().strip() == OBJECTS.strip()
     assert [row["step"] for row in run.rows_of("step")] == [0, 1, 2], "the resumed run took the step it was given"
     assert all("policy/advantage" in row for row in run.rows_of("step")), "the loss of the cell was the loss"
     spoken = run.trajectories(0)[0]
