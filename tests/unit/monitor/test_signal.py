@@ -32,7 +32,7 @@ FAILED = attempt(status="env_error")
         ([WRONG] * 4, ["all_wrong"]),
         ([FAILED] * 2 + [RIGHT] * 2, ["failing", "all_right"]),
         ([FAILED] * 4, ["failing"]),
-        ([attempt(success=False, malformed="no end")] * 4, ["malformed", "all_wrong"]),
+        ([attempt(success=False, malformed="no end")] * 4, ["malformed"]),
         ([attempt(0.5, status="truncated")] * 4, ["truncated"]),
         ([attempt(0.5)] * 4, ["alike"]),
         ([RIGHT] * 2 + [WRONG] * 2, ["alike"]),
