@@ -20,6 +20,10 @@ _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti")
 _INSTALL = "pip install 'keel-rl[data]'"
 
 
+# Made once: json.dumps and json.loads with options make one more at every call.
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 class DataError(UserFault, ValueError):
     """Data that no tasks can be made of; says which row of which file, what is wrong, and how to mend it."""
 
@@ -132,8 +136,7 @@ def open_rows(data: Any, columns: Sequence[str] | None, *, name: str = "data") -
 def canonical(row: Mapping[str, Any]) -> bytes:
     """The one JSON text of a row's content, whatever order its columns are in. Raises BadRowError if it has none."""
     try:
-        text = json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode()
+        return _ENCODER.encode(row).encode()
     except (TypeError, ValueError, RecursionError) as error:  # ValueError: NaN, a cycle, half of a surrogate pair
         raise BadRowError(_not_json(row) or f"it is not JSON: {error}") from error
 
@@ -187,7 +190,7 @@ def _as_line(row: Any, columns: Sequence[str] | None) -> bytes | BadRowError:
 
 def _parse(line: bytes) -> Row:
     try:
-        value = json.loads(line.decode(), parse_constant=_refuse_constant)
+        value = _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         raise BadRowError(f"it is not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -200,6 +203,9 @@ def _parse(line: bytes) -> Row:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _read_parquet(path: Path, columns: Sequence[str] | None) -> Any:

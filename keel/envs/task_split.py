@@ -157,7 +157,7 @@ def _entry(position: int, row: Row | BadRowError, prompt: Prompt, needed: Sequen
 
 
 def _as_bytes(messages: Sequence[Message]) -> bytes:
-    return canonical({"messages": [[message.role, message.content, message.channel] for message in messages]})
+    return repr([(message.role, message.channel, message.name, message.content) for message in messages]).encode()
 
 
 def _digest(content: bytes) -> bytes:
