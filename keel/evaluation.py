@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from keel.rollouts.collector import Collector
 
 NEEDED = ("model.path|model.tiny.preset", "env.id", "eval.num_tasks")
+MODEL_FILES = ("config.json", "adapter_config.json")
 RECORDED_SECTIONS = ("model", "chat", "env", "rollout", "engine", "eval")
 
 
@@ -159,10 +160,10 @@ def _evaluated(source: ConfigSource | Run, checkpoint: int | str | None, sets: S
         return Evaluated(_with_sets(read_config(source)[0], sets))
     if path.is_file() or path.suffix == ".toml":
         return Evaluated(config_load.parse_located(config_load.read_text(path), str(path), sets)[0])
-    if path.is_dir() and not (weights_of(path) / "config.json").is_file():
+    if path.is_dir() and not any((weights_of(path) / name).is_file() for name in MODEL_FILES):
         raise EvaluationError(
-            f"{path} is neither a run (it has no config.toml) nor a model (no config.json); give a config file, a "
-            "run's directory, or a model"
+            f"{path} is neither a run (it has no config.toml) nor a model (no {' or '.join(MODEL_FILES)}); give a "
+            "config file, a run's directory, or a model"
         )
     return Evaluated(_with_sets(_with_model(read_config({})[0], weights_of(path)), sets))
 
@@ -176,8 +177,8 @@ def _of_run(run: Run, checkpoint: int | str | None, sets: Sequence[str]) -> Eval
 
 def _with_model(config: TrainConfig, path: Path) -> TrainConfig:
     """`config` with the weights at `path`; what would come before training, or make a tiny model, is left out."""
-    sets = [f"model.path={toml_value(str(path))}", 'model.tiny.preset=""', "warm_start.steps=0"]
-    return _with_sets(config, sets)
+    sets = [f"model.path={toml_value(str(path))}", 'model.revision=""', 'model.tiny.preset=""', "warm_start.steps=0"]
+    return _with_sets(config, [*sets, "model.lora.rank=0"])  # an adapter that lies at `path` is put on all the same
 
 
 def _with_sets(config: TrainConfig, sets: Sequence[str]) -> TrainConfig:

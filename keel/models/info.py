@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from keel.models.adapter_files import base_model
 from keel.types import UserFault
 
 
@@ -63,9 +64,13 @@ class ModelPathError(UserFault, ValueError):
 
 
 def require_model(path: str, *, revision: str = "", trust_remote_code: bool = False) -> None:
-    """Raise ModelPathError unless `path` is a directory or a hub id with a configuration that can be read."""
+    """Raise ModelPathError unless `path` is a directory or a hub id with a configuration that can be read.
+
+    Of an adapter its base is looked at; raises AdapterError if it names none.
+    """
     from transformers import AutoConfig
 
+    path, revision = base_model(path, revision)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelPathError(
             f"model.path = {path!r} holds no model: there is no config.json in it; give a directory that "
