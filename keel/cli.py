@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import keel
-from keel import cli_eval, cli_new, cli_recipes, cli_report, cli_rollout, config_load
+from keel import cli_eval, cli_export, cli_new, cli_recipes, cli_report, cli_rollout, config_load
 from keel.cli_arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_plugins import plugin_modules
@@ -55,6 +55,7 @@ app.command("rollout")(cli_rollout.rollout)
 app.command("report")(cli_report.report)
 app.command("compare")(cli_report.compare)
 app.command("eval")(cli_eval.evaluate)
+app.command("export")(cli_export.export)
 app.command("recipes")(cli_recipes.recipes)
 
 
@@ -205,7 +206,8 @@ def _finish(summary: RunSummary) -> None:
             print(f"held-out success {name}: {shares[0]} (95 % interval {shares[1]} to {shares[2]}, {tasks} tasks)")
     if summary.seconds:
         print("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()))
-    print(f"{summary.state}: {summary.run_dir}" + (f" ({summary.reason})" if summary.reason else ""))
+    ending = f"{summary.state}: {summary.run_dir}" + (f" ({summary.reason})" if summary.reason else "")
+    print(printable(scrubbed(ending)))
     if summary.state == "stopped":
         raise typer.Exit(EXIT_STOPPED)
     if summary.state == "interrupted":

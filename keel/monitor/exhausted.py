@@ -15,7 +15,7 @@ _SIGNS = re.compile(
     r"can(?:no|')?t allocate memory|not enough memory|out of memory|cannot allocate memory|bad_alloc|MemoryError",
     re.IGNORECASE,
 )
-_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)|allocate (\d+) bytes")
+_ASKED = re.compile(r"allocate (?:(\d+) bytes|([\d.]+ [KMGT]iB))")
 
 _LEARNING = (
     "model.gradient_checkpointing",
@@ -82,7 +82,7 @@ def describe(error: BaseException, config: TrainConfig, progress: Progress) -> s
     """ "out of memory while computing the gradient at reinforcement step 13 of 40: ... To need less: ..."."""
     sizes = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in progress.sizes.items())
     asked = _ASKED.search(str(error))
-    amount = f"; {asked[1] or f'{int(asked[2]) / 2**20:,.0f} MiB'} more could not be had" if asked else ""
+    amount = f"; {asked[2] or f'{int(asked[1]) / 2**20:,.1f} MiB'} more could not be had" if asked else ""
     knobs = "; ".join(
         f"{name} {_HOW[name]} (is {value!r})" for name in KNOBS[progress.phase] if (value := _value(config, name)) != ""
     )

@@ -34,15 +34,17 @@ class Watchdog:
         beat: Callable[[], None],
         note: Callable[[str], None],
         alarm: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.moved_unix_s = time.time()
         self._progress = progress
         self._directory = directory
         self._stall_timeout_s = stall_timeout_s
         self._beat, self._note, self._alarm = beat, note, alarm
+        self._clock = clock
         self._texts = queue.SimpleQueue[str | None]()
         self._counts = progress.counts()
-        self._still_since = self._ticked = self._beaten = time.monotonic()
+        self._still_since = self._ticked = self._beaten = clock()
         self._stalled = False
         self._thread = threading.Thread(target=self._watch, name="keel-watchdog", daemon=True)
 
@@ -64,14 +66,15 @@ class Watchdog:
             try:
                 text = self._texts.get(timeout=TICK_S)
             except queue.Empty:
-                self._tick()
+                self.tick()
                 continue
             if text is None:
                 return
             self._note(text)
 
-    def _tick(self) -> None:
-        now = time.monotonic()
+    def tick(self) -> None:
+        """Look once; the thread does every second."""
+        now = self._clock()
         if now - self._ticked > ASLEEP_S:
             self._still_since += now - self._ticked
         self._ticked = now

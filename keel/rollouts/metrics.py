@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
 from keel.types import Group, Trajectory
+
+MAX_NAME = 80
+_NOT_PLAIN = re.compile(r"[^\w.+@%=:/ -]")
 
 
 def rollout_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
@@ -72,13 +77,28 @@ def max_staleness(groups: Iterable[Group], policy_version: int) -> int:
 
 
 def _own_metrics(kept: Sequence[Trajectory]) -> dict[str, float]:
-    """The environment's own metrics and reward parts: means over the episodes, 0 where one does not give it."""
+    """The environment's own metrics and reward parts: means over the episodes, 0 where one does not give it.
+
+    A name becomes part of a column's: `column_name`.
+    """
     names = sorted({name for trajectory in kept for name in trajectory.metrics})
     parts = sorted({name for trajectory in kept for name in trajectory.reward_parts})
     return {
-        **{f"env/{name}": _mean([float(t.metrics.get(name, 0.0)) for t in kept]) for name in names},
-        **{f"reward/{name}": _mean([float(t.reward_parts.get(name, 0.0)) for t in kept]) for name in parts},
+        **{column_name("env", name): _mean([float(t.metrics.get(name, 0.0)) for t in kept]) for name in names},
+        **{column_name("reward", name): _mean([float(t.reward_parts.get(name, 0.0)) for t in kept]) for name in parts},
     }
+
+
+def column_name(kind: str, name: str) -> str:
+    """ "env/turns_used": letters, digits and a few signs of the environment's `name`, at most 80 characters.
+
+    A name that had to be changed ends in a hash of itself: two never become one. "reward/mean" is the run's own.
+    """
+    plain = _NOT_PLAIN.sub("_", name)[:MAX_NAME]
+    if plain == name and plain and f"{kind}/{plain}" != "reward/mean":
+        return f"{kind}/{plain}"
+    digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{kind}/{plain[: MAX_NAME - 9]}~{digest}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -74,7 +74,7 @@ class TaskSchedule:
         """Number of tasks, and a hash of at most 256 ids spread over them (tasks may be lazy, and many)."""
         stride = max(1, len(self._tasks) // 256)
         ids = "\n".join(self._tasks[i].id for i in range(0, len(self._tasks), stride))
-        return f"{len(self._tasks)}-{blake2b(ids.encode(), digest_size=8).hexdigest()}"
+        return f"{len(self._tasks)}-{blake2b(ids.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
     def _at(self, position: int) -> Task:
         epoch, place = divmod(position, len(self._tasks))
