@@ -464,14 +464,14 @@ BROKEN = Plan(
     ),
 )
 HOSTILE_RUN = Plan(
-    30,
+    6,
     recorded=2,
     warm_steps=5,
     groups=4,
     group_size=12,
     texts=(*SMALL.values(), HOSTILE["huge"][:LONGEST]),
     alarms=tuple(
-        (place, name, "warn", text[:5_000]) for place, (name, text) in enumerate(HOSTILE.items()) if place < 30
+        (place, name, "warn", text[:5_000]) for place, (name, text) in enumerate(HOSTILE.items()) if place < 6
     ),
     reason=HOSTILE["script_end"],
 )
@@ -483,6 +483,7 @@ PLANS: dict[str, Plan] = {
     "hostile": HOSTILE_RUN,
     "long": Plan(20, groups=2, group_size=8, long_words=6_000, recorded=2, warm_steps=0),
     "other_seed": Plan(300, recorded=3, groups=8, group_size=8, config={"optim.lr": 5e-4}),
+    "small": Plan(4, groups=2, group_size=4, warm_steps=2, recorded=2),
     "no_records": Plan(60, record_every=0),
     "empty": Plan(10, done=0, warm_steps=0, evals=(), state="starting"),
 }

@@ -48,9 +48,10 @@ def steps_in_order(
         values = [(value, step) for step, row in trained.items() if (value := number(row.get(name))) is not None]
         if values:
             order += [max(values)[1], min(values)[1]] if name == "reward/mean" else [max(values)[1]]
-    places = len(recorded) if most is None else min(len(recorded), most)
-    order += [recorded[index * (len(recorded) - 1) // max(1, places - 1)] for index in range(places)]
-    return list(dict.fromkeys(order))[:most]
+    order = list(dict.fromkeys(order))[:most]
+    places = len(recorded) if most is None else max(0, min(len(recorded), most) - len(order))
+    order += [recorded[(index + 1) * (len(recorded) - 1) // (places + 1)] for index in range(places)]
+    return list(dict.fromkeys(order if most is not None else [*order, *recorded]))
 
 
 class Page:
