@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import keel
 from keel import config_load
+from keel.config_recipes import recipe_text
 from keel.config_schema import toml_value
 from keel.evaluation_result import EvaluationResult, summarize
 from keel.given import ConfigSource, configured, read_config
@@ -60,11 +61,11 @@ def evaluate(  # noqa: PLR0913 (a knob each, and all but the first by name)
 ) -> EvaluationResult:
     """Play the first `num_tasks` held-out tasks, `attempts` times each, and tell how well it went.
 
-    `source` is a config (a TrainConfig, a TOML file, a mapping), a run (`keel.load_run`, or its directory), or a model
-    (a Hugging Face directory or hub id). Of a run the newest checkpoint is evaluated, or `checkpoint` (training steps
-    done, or "latest"), on the run's own held-out tasks; `model` evaluates other weights instead. `env` and `reward`
-    stand in for the config's, as in `keel.train`; a bare model needs `env`. The other options stand in for `[eval]`;
-    `sets` are "section.option=value", as on the command line.
+    `source` is a config (a TrainConfig, a TOML file or a recipe's name, a mapping), a run (`keel.load_run`, or its
+    directory), or a model (a Hugging Face directory or hub id). Of a run the newest checkpoint is evaluated, or
+    `checkpoint` (training steps done, or "latest"), on the run's own held-out tasks; `model` evaluates other weights
+    instead. `env` and `reward` stand in for the config's, as in `keel.train`; a bare model needs `env`. The other
+    options stand in for `[eval]`; `sets` are "section.option=value", as on the command line.
 
     `json_file` is written with figures, config and outcomes; `save` is a directory for the trajectories, tokens
     included; `record` puts the same JSON into the run's `evaluations/`, where its report shows it.
@@ -158,6 +159,8 @@ def _evaluated(source: ConfigSource | Run, checkpoint: int | str | None, sets: S
         raise EvaluationError(f"checkpoint {checkpoint!r} is a run's, and no run is given; give its directory")
     if path is None:
         return Evaluated(_with_sets(read_config(source)[0], sets))
+    if not path.exists() and (recipe := recipe_text(str(source))) is not None:
+        return Evaluated(config_load.parse_located(recipe, str(source), sets)[0])
     if path.is_file() or path.suffix == ".toml":
         return Evaluated(config_load.parse_located(config_load.read_text(path), str(path), sets)[0])
     if path.is_dir() and not any((weights_of(path) / name).is_file() for name in MODEL_FILES):
