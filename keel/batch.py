@@ -54,6 +54,7 @@ class MicroBatch:
     ref_logprobs: torch.Tensor | None = None  # [T] float32, about the label
     values: torch.Tensor | None = None  # [T] float32, about the label
     importance_weights: torch.Tensor | None = None  # [T] float32, about the label
+    loss_weights: torch.Tensor | None = None  # [T] float64, what the reduction weighs the label with; None: all 1
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +107,7 @@ class PackedBatch:
     trajectory_ids: tuple[str, ...]  # [N] "<group id>/<attempt>"
     metrics: Mapping[str, float] = field(default_factory=dict)
     rejected: torch.Tensor | None = None  # [N] bool, trajectories that a correction left out whole
+    loss_denominators: tuple[float, ...] | None = None  # what each update's loss is divided by; None: `denominators`
 
     @property
     def num_updates(self) -> int:

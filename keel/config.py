@@ -140,6 +140,8 @@ class AlgoConfig(Section):
     correction: Plugins = Field(
         (), description="importance weights and rejections against the engine's log-probs, one or several in order"
     )
+    trust_region: Plugins = Field((), description="which tokens may still move the policy, one or several masks")
+    reduction: Plugin = Field(Plugin(id="token_mean"), description="per-token losses -> the update's loss")
     rejected_in_baseline: bool = Field(
         False, description="compare with attempts that a correction left out whole; off: they leave before statistics"
     )

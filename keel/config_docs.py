@@ -17,8 +17,8 @@ Any option can be set on the command line, in TOML syntax, quotes around a plain
 keel train run.toml --set rollout.group_size=8 --set algo.loss.clip_high=0.28
 ```
 
-A plug-in (`algo.advantage`, `algo.loss`, `algo.correction`) is a built-in's name, or `package.module:name` of your own
-function; its keyword-only arguments are its options:
+A plug-in (`algo.advantage`, `algo.loss`, `algo.correction`, ...) is a built-in's name, or `package.module:name` of your
+own function; its keyword-only arguments are its options:
 
 ```toml
 [algo]

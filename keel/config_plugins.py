@@ -21,6 +21,8 @@ ALGO_ROOMS = {
     "advantage": "keel.algo.advantage",
     "loss": "keel.algo.losses",
     "correction": "keel.algo.correction",
+    "trust_region": "keel.algo.trust_region",
+    "reduction": "keel.algo.reduction",
 }
 ENV_ROOM = "keel.envs"
 ENGINE_ROOM = "keel.engines"

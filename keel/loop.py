@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keel import plugins
-from keel.algo.apply import add_advantages, correct
+from keel.algo.apply import add_advantages, correct, set_reduction
 from keel.batch import PackedBatch, pack
 from keel.build import EnvSource, Parts, build, with_absolute_model
 from keel.config import AlgoConfig, Stage, TrainConfig
@@ -157,9 +157,11 @@ def corrected(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
 
 
 def with_advantages(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
-    """Advantages of what the correction left."""
+    """Advantages of what the correction left, and what the update's loss will be divided by."""
     function = plugins.resolve(algo.advantage.id, "keel.algo.advantage")
-    return add_advantages(batch, function, algo.advantage.options, rejected_in_baseline=algo.rejected_in_baseline)
+    batch = add_advantages(batch, function, algo.advantage.options, rejected_in_baseline=algo.rejected_in_baseline)
+    reduction = plugins.resolve(algo.reduction.id, "keel.algo.reduction")
+    return set_reduction(batch, reduction, algo.reduction.options)
 
 
 def due(done: int, every: int) -> bool:

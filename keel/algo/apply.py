@@ -14,9 +14,10 @@ import torch
 from keel.algo.correction.base import BoundCorrection, Correction, CorrectionInputs, compose, is_token_local
 from keel.algo.diagnostics import correction_summary, correction_sums
 from keel.algo.reduce import masked_sum
+from keel.algo.reduction import Reduction
 from keel.batch import MicroBatch, PackedBatch
 
-__all__ = ["add_advantages", "correct"]
+__all__ = ["add_advantages", "correct", "set_reduction"]
 
 
 def add_advantages(
@@ -58,6 +59,34 @@ def add_advantages(
 def _with_advantages(micro_batch: MicroBatch, per_trajectory: torch.Tensor) -> MicroBatch:
     rows = per_trajectory.to(micro_batch.input_ids.device)[micro_batch.row_to_trajectory]
     return replace(micro_batch, advantages=torch.where(micro_batch.loss_mask, rows, torch.zeros_like(rows)))
+
+
+def set_reduction(batch: PackedBatch, reduction: Callable[..., Reduction], options: Mapping[str, Any]) -> PackedBatch:
+    """Fix what each loss token weighs and what each update's sum is divided by, over all its micro-batches and ranks.
+
+    Comes last: it counts the loss tokens that corrections left. Raises ValueError for a denominator that is not
+    positive although there is something to learn from.
+    """
+    micro_batches, denominators = list(batch.micro_batches), []
+    for index in range(batch.num_updates):
+        first, last = batch.update_bounds[index : index + 2]
+        tokens = torch.zeros_like(batch.trajectory_to_group)
+        for micro_batch in batch.micro_batches[first:last]:
+            rows = micro_batch.row_to_trajectory[micro_batch.loss_mask].cpu()
+            tokens.index_add_(0, rows, torch.ones_like(rows))
+        made = reduction(tokens, **options)
+        if batch.denominators[index] > 0 and not made.denominator > 0:
+            raise ValueError(
+                f"reduction of {batch.denominators[index]:.0f} loss tokens: got denominator {made.denominator}; it "
+                "must be positive where there is something to learn from"
+            )
+        denominators.append(made.denominator)
+        if made.weights is not None:
+            for place in range(first, last):
+                own = micro_batches[place]
+                weights = made.weights.to(own.input_ids.device)[own.row_to_trajectory]
+                micro_batches[place] = replace(own, loss_weights=weights)
+    return replace(batch.with_micro_batches(micro_batches), loss_denominators=tuple(denominators))
 
 
 def correct(batch: PackedBatch, corrections: Sequence[BoundCorrection]) -> PackedBatch:

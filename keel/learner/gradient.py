@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from keel.algo.diagnostics import correction_summary, correction_sums
 from keel.algo.losses import LossInputs
 from keel.algo.reduce import masked_sum, reduce_loss
 from keel.batch import MicroBatch
-from keel.config import AlgoConfig
+from keel.config import AlgoConfig, Plugin
 from keel.learner.mismatch import add_mismatch, mismatch_metrics
 from keel.learner.stats import Stats, ratio_deviation
 from keel.models.policy import PolicyModel, TokenOutputs
@@ -29,6 +29,7 @@ class Objective:
         self.algo = algo
         self._loss: Callable[..., Any] = plugins.resolve(algo.loss.id, "keel.algo.losses")
         self._corrections = bound_corrections(algo)
+        self._trust_regions = bound(algo.trust_region, "keel.algo.trust_region", "trust region")
         plugins.check_options(self._loss, algo.loss.options, f"loss {algo.loss.id!r}")
         self._kl: Callable[..., torch.Tensor] = getattr(kl, algo.kl.estimator)
 
@@ -96,9 +97,20 @@ class Objective:
     ) -> torch.Tensor:
         """The micro-batch's share of the loss, a float64 scalar; importance weights are on the policy's part only."""
         mask = micro_batch.loss_mask
-        inputs = LossInputs(outputs.logprobs, old, mask, micro_batch.advantages)
+        inputs = LossInputs(
+            outputs.logprobs,
+            old,
+            mask,
+            micro_batch.advantages,
+            micro_batch.rollout_logprobs,
+            micro_batch.row_to_sequence,
+        )
         per_token, metrics = self._loss(inputs, **self.algo.loss.options)
-        loss = reduce_loss(per_token, mask, denominator, self._weights(micro_batch, old, stats))
+        per_token = self._inside_trust_regions(per_token, inputs, stats)
+        shares = micro_batch.loss_weights  # of the reduction; importance weights are the policy's part's alone
+        weights = self._weights(micro_batch, old, stats)
+        both = weights if shares is None else shares if weights is None else shares * weights
+        loss = reduce_loss(per_token, mask, denominator, both)
         for name, values in metrics.items():
             stats.add(f"loss/{name}", values, mask)
         if self.needs_reference:
@@ -106,11 +118,21 @@ class Objective:
                 raise ValueError("algo.kl.coefficient > 0 needs ref_logprobs: call score on the batch")
             per_token_kl = self._kl(outputs.logprobs, micro_batch.ref_logprobs)
             stats.add("kl", per_token_kl, mask)
-            loss = loss + self.algo.kl.coefficient * reduce_loss(per_token_kl, mask, denominator)
+            loss = loss + self.algo.kl.coefficient * reduce_loss(per_token_kl, mask, denominator, shares)
         if self.algo.entropy_coefficient > 0:
             assert outputs.entropy is not None
-            loss = loss - self.algo.entropy_coefficient * reduce_loss(outputs.entropy, mask, denominator)
+            loss = loss - self.algo.entropy_coefficient * reduce_loss(outputs.entropy, mask, denominator, shares)
         return loss
+
+    def _inside_trust_regions(self, per_token: torch.Tensor, inputs: LossInputs, stats: Stats) -> torch.Tensor:
+        """`per_token [T]` without what a trust region stops; the tokens stay in the denominator, like clipped ones."""
+        if not self._trust_regions:
+            return per_token
+        keep = torch.ones_like(inputs.loss_mask)
+        for function, options in self._trust_regions:
+            keep = keep & function(inputs, **options)
+        stats.add("loss/trust_region_share", (~keep).float(), inputs.loss_mask)
+        return torch.where(keep, per_token, torch.zeros_like(per_token))
 
     def _weights(self, micro_batch: MicroBatch, old: torch.Tensor, stats: Stats) -> torch.Tensor | None:
         """Importance weights: the batch's own, or, if it was not scored, made here token by token."""
@@ -128,29 +150,34 @@ class Objective:
 
 
 def bound_corrections(algo: AlgoConfig) -> tuple[BoundCorrection, ...]:
-    """The functions of `algo.correction` with their options, in order.
+    """The functions of `algo.correction` with their options, in order. Raises PluginError as `bound` does."""
+    return bound(algo.correction, "keel.algo.correction", "correction")
+
+
+def bound(given: Sequence[Plugin], room: str, kind: str) -> tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...]:
+    """Plug-ins with their options, in order.
 
     Raises PluginError for one that does not exist or options it does not take.
     """
     found = []
-    for plugin in algo.correction:
-        function = plugins.resolve(plugin.id, "keel.algo.correction")
-        plugins.check_options(function, plugin.options, f"correction {plugin.id!r}")
+    for plugin in given:
+        function = plugins.resolve(plugin.id, room)
+        plugins.check_options(function, plugin.options, f"{kind} {plugin.id!r}")
         found.append((function, plugin.options))
     return tuple(found)
 
 
 def update_metrics(
-    sums: dict[str, float], maxima: dict[str, float], denominator: float, *, recompute: bool
+    sums: dict[str, float], maxima: dict[str, float], num_tokens: float, *, recompute: bool
 ) -> dict[str, float]:
-    """Metrics of an update from its sums and maxima; of an empty one, zeros."""
-    tokens = max(denominator, 1.0)
+    """Metrics of an update from its sums and maxima over `num_tokens` loss tokens; of an empty one, zeros."""
+    tokens = max(num_tokens, 1.0)
     metrics = {
         "policy/loss": sums.get("loss", 0.0),
         "policy/entropy": sums.get("entropy", 0.0) / tokens,
         "policy/clip_fraction": 0.0,
         "policy/ratio_max_dev": maxima.get("ratio_max_dev", 0.0),
-        "policy/loss_tokens": denominator,
+        "policy/loss_tokens": num_tokens,
     }
     if recompute:
         metrics["policy/recompute_max_dev"] = maxima.get("recompute_max_dev", 0.0)

@@ -149,12 +149,13 @@ class Learner:
         """
         objective = self._entered()
         micro_batches = batch.update(update_index)
-        denominator = batch.denominators[update_index]
+        num_tokens = batch.denominators[update_index]
+        denominator = num_tokens if batch.loss_denominators is None else batch.loss_denominators[update_index]
         self._serial += 1
         self.optimizer.zero()
         stats, streams = Stats(), dict[int, dict[str, torch.Tensor]]()
         checked = self.recompute_every > 0 and self.step % self.recompute_every == 0
-        if denominator > 0:
+        if num_tokens > 0:
             own = self.ranks.deal(len(micro_batches))
             for index, micro_batch in zip(own, self._share(micro_batches), strict=True):
                 computed = objective.backward(
@@ -163,8 +164,8 @@ class Learner:
                 self.optimizer.accumulate()
                 if index is not None:
                     streams[batch.update_bounds[update_index] + index] = computed
-        grad_norm = self.optimizer.finish() if denominator > 0 else 0.0
-        metrics = update_metrics(*stats.collect(self.ranks), denominator, recompute=checked)
+        grad_norm = self.optimizer.finish() if num_tokens > 0 else 0.0
+        metrics = update_metrics(*stats.collect(self.ranks), num_tokens, recompute=checked)
         staleness = self._staleness(micro_batches)
         return Update(
             serial=self._serial,
@@ -173,7 +174,7 @@ class Learner:
             loss=metrics["policy/loss"],
             grad_norm=grad_norm,
             finite=math.isfinite(grad_norm) and math.isfinite(metrics["policy/loss"]),
-            num_loss_tokens=int(denominator),
+            num_loss_tokens=int(num_tokens),
             metrics={**batch.metrics, **metrics, "policy/grad_norm": grad_norm, "policy/staleness": staleness},
             streams=streams,
         )

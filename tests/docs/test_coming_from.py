@@ -9,12 +9,12 @@ import pytest
 
 import keel
 from keel import config_schema
-from keel.algo import advantage, correction, losses
+from keel.algo import advantage, correction, losses, reduction, trust_region
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "coming-from.md"
 COLUMNS = (ROOT / "docs" / "loop.md").read_text(encoding="utf-8")
-PLUGINS = {*advantage.__all__, *correction.__all__, *losses.__all__}
+PLUGINS = {name for room in (advantage, correction, losses, reduction, trust_region) for name in room.__all__}
 SPOKEN = re.compile(r"`([^`]+)`")
 
 
@@ -48,7 +48,11 @@ def test_a_name_on_the_right_is_keels(row):
     _, ours, note = row
     unknown = [name for name in SPOKEN.findall(ours) if not is_known(name)]
     assert not unknown
-    plugins = [name for name in SPOKEN.findall(note) if name.startswith(("group_", "leave_", "token_", "ppo_"))]
+    plugins = [
+        name
+        for name in SPOKEN.findall(note)
+        if name.startswith(("group_", "leave_", "token_", "sequence_", "constant_", "ppo_", "off_policy_"))
+    ]
     assert set(plugins) <= PLUGINS
 
 

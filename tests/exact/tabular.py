@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from keel.algo.apply import add_advantages, correct
+from keel.algo.apply import add_advantages, correct, set_reduction
 from keel.algo.correction.base import BoundCorrection
 from keel.algo.losses import LossInputs
 from keel.algo.reduce import reduce_loss
+from keel.algo.reduction import Reduction
 from keel.batch import PackedBatch, pack
 from keel.types import Group, SamplingSettings, Segment, Task, TokenSpan, Trajectory
 
@@ -88,7 +89,7 @@ def trajectory(index: int, reward: float, logprobs: np.ndarray, attempt: int) ->
 class Expectation:
     """What an estimator of Keel's gives on average: `policy` learns from pairs that `engine` drew.
 
-    With `token_mean` the loss is divided by its loss tokens, as in training; without, by nothing.
+    Without a `reduction` the loss is a sum over tokens, divided by nothing.
     """
 
     policy: np.ndarray
@@ -98,7 +99,8 @@ class Expectation:
     loss: Loss
     corrections: Sequence[BoundCorrection] = ()
     old: np.ndarray | None = None  # logits of the policy before the first update; None: this is the first
-    token_mean: bool = False
+    reduction: Callable[..., Reduction] | None = None
+    trust_regions: Sequence[Callable[[LossInputs], torch.Tensor]] = ()
     rejected_in_baseline: bool = False
 
     def gradient(self) -> np.ndarray:
@@ -120,9 +122,18 @@ class Expectation:
         logprobs = _row_logprobs(logits, pair)
         # In a first update the old log-probs are the current ones, detached; the batch then has them to 1e-17.
         old = logprobs.detach() if self.old is None else micro_batch.old_logprobs
-        per_token, _ = self.loss(LossInputs(logprobs, old, micro_batch.loss_mask, micro_batch.advantages))
-        denominator = batch.denominators[0] if self.token_mean else 1.0
-        reduce_loss(per_token, micro_batch.loss_mask, denominator, micro_batch.importance_weights).backward()
+        m = micro_batch
+        inputs = LossInputs(logprobs, old, m.loss_mask, m.advantages, m.rollout_logprobs, m.row_to_sequence)
+        per_token, _ = self.loss(inputs)
+        for region in self.trust_regions:
+            per_token = torch.where(region(inputs), per_token, torch.zeros_like(per_token))
+        weights, denominator = m.importance_weights, 1.0
+        if self.reduction is not None:
+            assert batch.loss_denominators is not None
+            (denominator,) = batch.loss_denominators
+            if m.loss_weights is not None:
+                weights = m.loss_weights if weights is None else weights * m.loss_weights
+        reduce_loss(per_token, m.loss_mask, denominator, weights).backward()
         assert logits.grad is not None
         return logits.grad.numpy()
 
@@ -140,7 +151,8 @@ class Expectation:
         )
         batch = replace(batch.with_micro_batches([scored]), rewards=batch.rewards.double())
         batch = correct(batch, self.corrections)
-        return add_advantages(batch, self.advantage, {}, rejected_in_baseline=self.rejected_in_baseline)
+        batch = add_advantages(batch, self.advantage, {}, rejected_in_baseline=self.rejected_in_baseline)
+        return batch if self.reduction is None else set_reduction(batch, self.reduction, {})
 
 
 def _row_logprobs(logits: torch.Tensor, pair: Sequence[int]) -> torch.Tensor:

@@ -26,7 +26,9 @@ from keel.algo.correction import (
     token_truncated,
     veto,
 )
-from keel.algo.losses import ppo_clip, reinforce
+from keel.algo.losses import cispo, gspo, ppo_clip, reinforce
+from keel.algo.reduction import constant_length, sequence_mean, token_mean
+from keel.algo.trust_region import divergence, off_policy_sequence
 from tests.exact.tabular import (
     LENGTHS,
     SEQUENCES,
@@ -106,7 +108,7 @@ def test_untruncated_sequence_weights_undo_any_mismatch():
 
 
 def test_the_mean_over_tokens_is_biased_when_lengths_are_random():
-    found = Expectation(POLICY, POLICY, REWARD, group_mean, reinforce, token_mean=True).gradient()
+    found = Expectation(POLICY, POLICY, REWARD, group_mean, reinforce, reduction=token_mean).gradient()
     assert close(found, derived(lambda n: np.ones(LENGTHS[n]), POLICY, mean=True))
     truth = policy_gradient(POLICY, REWARD)
     scale = -(found * truth).sum() / (truth * truth).sum()
@@ -195,13 +197,15 @@ CORRECTIONS: dict[str, tuple[list, Weights]] = {
 }
 
 
-@pytest.mark.parametrize("token_mean", [False, True])
+@pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("name", CORRECTIONS)
-def test_a_corrections_bias_is_the_derived_one(name, token_mean):
+def test_a_corrections_bias_is_the_derived_one(name, mean):
     corrections, weights = CORRECTIONS[name]
-    found = Expectation(POLICY, ENGINE, REWARD, group_mean, ppo_clip, corrections, token_mean=token_mean).gradient()
-    assert close(found, derived(weights, ENGINE, mean=token_mean))
-    nothing = derived(ONES, ENGINE, mean=token_mean)
+    found = Expectation(
+        POLICY, ENGINE, REWARD, group_mean, ppo_clip, corrections, reduction=token_mean if mean else None
+    ).gradient()
+    assert close(found, derived(weights, ENGINE, mean=mean))
+    nothing = derived(ONES, ENGINE, mean=mean)
     assert np.abs(found - nothing).max() > 1e-4  # the case is no empty one
 
 
@@ -281,3 +285,97 @@ def test_a_kl_penaltys_mean_gradient(estimator):
     (chances * estimator(logprobs, fixed)).sum().backward()
     assert logits.grad is not None
     assert close(logits.grad.numpy(), visits[:, None] * of_state)
+
+
+def test_a_constant_length_leaves_the_gradient_true():
+    """Divided by trajectories times a length: the mean over attempts of the true gradient, over that length."""
+    reduction = partial(constant_length, length=3)
+    found = Expectation(POLICY, POLICY, REWARD, leave_one_out, reinforce, reduction=reduction).gradient()
+    assert close(found, -policy_gradient(POLICY, REWARD) / 3)
+
+
+def test_a_mean_over_each_sequence_is_biased_by_length():
+    def of_pair(i: int, j: int) -> np.ndarray:
+        half = (REWARD[i] - REWARD[j]) / 2
+        return -half * (SCORES[i].mean(0) - SCORES[j].mean(0)) / 2
+
+    found = Expectation(POLICY, POLICY, REWARD, group_mean, reinforce, reduction=sequence_mean).gradient()
+    assert close(found, expected(of_pair, POLICY))
+
+
+OLD = POLICY + table(5, 0.5)
+MOVED = [np.exp(p - q) for p, q in zip(token_logprobs(POLICY), token_logprobs(OLD), strict=True)]
+Gate = Callable[[int, float], np.ndarray]  # (sequence, advantage) -> factor of each token's advantage x score
+FREE = partial(ppo_clip, clip_low=1.0, clip_high=1e9)
+
+
+def gated(gate: Gate) -> np.ndarray:
+    """Minus the expected sum of gate x advantage x score, of pairs that the old policy drew."""
+
+    def of_pair(i: int, j: int) -> np.ndarray:
+        half = (REWARD[i] - REWARD[j]) / 2
+        return -sum(a * np.einsum("t,tij->ij", gate(n, a), SCORES[n]) for n, a in ((i, half), (j, -half)))
+
+    return expected(of_pair, OLD)
+
+
+def second(loss, **parts) -> np.ndarray:
+    """A second update's expected gradient: the policy has moved away from the one that drew."""
+    return Expectation(POLICY, OLD, REWARD, group_mean, loss, old=OLD, **parts).gradient()
+
+
+def test_cispo_clips_the_weight_and_no_gradient():
+    found = second(partial(cispo, clip_low=0.4, clip_high=0.3))
+    assert close(found, gated(lambda n, _: np.clip(MOVED[n], 0.6, 1.3)))
+
+
+def test_gspo_clips_whole_sequences_by_their_geometric_mean():
+    cut = set()
+
+    def gate(n: int, advantage: float) -> np.ndarray:
+        ratio = math.prod(MOVED[n]) ** (1 / LENGTHS[n])
+        free = ratio <= 1.2 if advantage > 0 else ratio >= 0.9
+        cut.add(free)
+        return np.full(LENGTHS[n], free * ratio / 2 / LENGTHS[n])
+
+    found = second(partial(gspo, clip_low=0.1, clip_high=0.2), reduction=sequence_mean)
+    assert close(found, gated(gate))
+    assert cut == {True, False}
+
+
+def test_a_dual_clip_bounds_what_a_bad_token_costs():
+    def gate(n: int, advantage: float) -> np.ndarray:
+        free = MOVED[n] <= 1.3 if advantage > 0 else (MOVED[n] >= 0.8) & (MOVED[n] <= 1.5)
+        return free * MOVED[n]
+
+    found = second(partial(ppo_clip, clip_low=0.2, clip_high=0.3, dual_clip=1.5))
+    assert close(found, gated(gate))
+    assert not close(found, second(partial(ppo_clip, clip_low=0.2, clip_high=0.3)))
+
+
+@pytest.mark.parametrize(("kind", "threshold"), [("total_variation", 0.1), ("kl", 0.02)])
+def test_a_trust_region_on_probabilities_stops_outward_tokens(kind, threshold):
+    now, then = ([np.exp(x) for x in token_logprobs(logits)] for logits in (POLICY, OLD))
+    seen = set()
+
+    def gate(n: int, advantage: float) -> np.ndarray:
+        q, p = now[n], then[n]
+        coin = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+        far = (abs(q - p) if kind == "total_variation" else coin) > threshold
+        stopped = far & (q > p if advantage > 0 else q < p)
+        seen.update(zip(far.tolist(), stopped.tolist(), strict=True))
+        return ~stopped * MOVED[n]
+
+    found = second(FREE, trust_regions=[partial(divergence, kind=kind, threshold=threshold)])
+    assert close(found, gated(gate))
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
+def test_the_off_policy_mask_stops_bad_sequences_that_the_policy_left():
+    def gate(n: int, advantage: float) -> np.ndarray:
+        left = -np.log(MOVED[n]).mean() > 0.1
+        return (0.0 if advantage < 0 and left else 1.0) * MOVED[n]
+
+    found = second(FREE, trust_regions=[partial(off_policy_sequence, threshold=0.1)])
+    assert close(found, gated(gate))
+    assert not close(found, second(FREE))
