@@ -206,6 +206,21 @@ def save_adapter(
         config.target_modules, config.target_parameters, config.inference_mode = trained
 
 
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> None:
+    """Add every adapter to the weight it is on, in place, by PEFT's own arithmetic, and take PEFT's modules out."""
+    wrappers: dict[str, Any] = dict(adapted_modules(model))
+    for wrapper in wrappers.values():
+        wrapper.lora_A.float()  # the factors' product is rounded as late as can be
+        wrapper.lora_B.float()
+        wrapper.merge()
+    for name, wrapper in wrappers.items():
+        parent, _, child = name.rpartition(".")
+        if parent not in wrappers:  # of those that wrap each other, the outermost
+            setattr(model.get_submodule(parent), child, wrapper.get_base_layer())
+    del model.peft_config
+
+
 def count_adapter_parameters(path: str | Path, options: LoraOptions, *, trust_remote_code: bool = False) -> int:
     """Parameters of a fresh adapter on the model at `path`, from its config alone.
 

@@ -23,7 +23,7 @@ from keel.models.adapted import adapter_off
 from keel.models.adapter_files import AdapterError, base_model
 from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
-from keel.models.lora import Adapter, LoraOptions, put_on_adapter, save_adapter
+from keel.models.lora import Adapter, LoraOptions, merge_adapter, put_on_adapter, save_adapter
 from keel.models.padding import PaddedRows, pad_index, pad_micro_batch
 from keel.models.progress import no_progress_bars
 from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers, replay_for_rows
@@ -141,6 +141,16 @@ class PolicyModel(nn.Module):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What learning changes, by names in `model`: with an adapter its factors, else everything; tied ones once."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights, in place, and forget it; `save` then writes whole weights.
+
+        Rounded once more, to the weights' type. Raises AdapterError if there is no adapter.
+        """
+        if self.adapter is None:
+            raise AdapterError("merge_adapter: this policy has no adapter")
+        merge_adapter(self.model)
+        self.adapter = None
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """In this context (and in no other thread) the policy is its base, to the bit; there is no gradient inside.

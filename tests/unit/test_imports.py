@@ -61,6 +61,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     ),
 }
 FLOOR_FOUR |= {"keel.given", "keel.sources", "keel.api"}
+FLOOR_FOUR |= {"keel.export", "keel.export_card", "keel.export_push"}
 for _name in CONFIG_FILES - {"keel.config", "keel.types", "keel.plugins"}:
     MAY_ENTER[_name] = (CONFIG_FILES, {"pydantic", "tomlkit"})
 for _name in FLOOR_FOUR:
@@ -68,6 +69,9 @@ for _name in FLOOR_FOUR:
 COMMANDS = {f"keel.{path.stem}" for path in ROOT.glob("cli*.py")}
 for _name in COMMANDS | {"keel.__main__"}:
     MAY_ENTER[_name] = ({"*"}, {"typer", "rich"})
+MAY_ENTER["keel.export"][1].add("safetensors")
+MAY_ENTER["keel.export_card"][1].add("huggingface_hub")
+MAY_ENTER["keel.export_push"][1].add("huggingface_hub")
 DEEPEST = ("keel.cli", "keel.loop")
 
 
