@@ -41,6 +41,7 @@ from keel.models.info import require_model
 from keel.models.policy import PolicyModel
 from keel.monitor.progress import ChildProcess, Watched
 from keel.monitor.rules import Monitor, make_monitor
+from keel.plan import describe_start, make_plan, read_model_config
 from keel.report.live import LiveReport
 from keel.rewards.base import Reward
 from keel.rollouts.collector import Collector
@@ -139,6 +140,15 @@ class Parts:
             source.restore(extra["sources"][name])
 
 
+def check_start(config: TrainConfig) -> None:
+    """Raise ConfigError for a device that is not there and a model that cannot be read, before a run directory is made.
+
+    Of the model only its config.json is read.
+    """
+    rank_devices(config.device, config.learner.ranks)
+    read_model_config(config.model)
+
+
 @contextmanager
 def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[Parts]:
     """The parts of `config`, closed again in the end whatever happens. `env` stands in for the config's `[env]`."""
@@ -147,6 +157,7 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     model = starting_model(config, factory, run.paths.root)
     save_sources(config, run.paths.root / "sources")
     run.note_environment(threads=torch.get_num_threads(), device=describe_device(resolve_device(config.device)))
+    run.note(describe_start(make_plan(config)))
     with assemble(config, factory, model) as parts, run.progress.watching(parts.watched()):
         yield parts
 

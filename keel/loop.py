@@ -9,7 +9,7 @@ from pathlib import Path
 from keel import plugins
 from keel.algo.apply import add_advantages, correct, set_reduction
 from keel.batch import PackedBatch, pack
-from keel.build import EnvSource, Parts, build, with_absolute_model
+from keel.build import EnvSource, Parts, build, check_start, with_absolute_model
 from keel.config import AlgoConfig, Stage, TrainConfig
 from keel.evaluation import measure_tasks
 from keel.learner.base import LearnerLike, Update
@@ -25,11 +25,13 @@ from keel.types import Verdict
 def train(config: TrainConfig, env: EnvSource | None = None) -> RunSummary:
     """Train as `config` says, in a new run directory; `env` stands in for the config's environment.
 
-    Raises RunDirectoryError before anything is written, PluginError for a plug-in that does not exist, and what stops a
-    run: RolloutError if every episode of a step failed, LearnerError if a learner's process is gone,
-    MemoryExhaustedError. Interrupted (Ctrl-C, SIGTERM), it finishes its step, saves and raises RunInterruptedError.
+    Raises ConfigError (no such device, no model that can be trained) and RunDirectoryError before anything is written,
+    PluginError for a plug-in that does not exist, and what stops a run: RolloutError if every episode of a step failed,
+    LearnerError if a learner's process is gone, MemoryExhaustedError. Interrupted (Ctrl-C, SIGTERM), it finishes its
+    step, saves and raises RunInterruptedError.
     """
     config = with_absolute_model(config)
+    check_start(config)
     with RunLog.open(config) as run, told_if_exhausted(config, run.progress), build(config, env, run) as parts:
         return run_stages(config, run, parts)
 

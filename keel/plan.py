@@ -184,6 +184,11 @@ def _invariants(config: TrainConfig, info: ModelInfo) -> tuple[str, ...]:
     return tuple(found)
 
 
+def describe_start(plan: Plan) -> str:
+    """What a run says of memory when it starts, in one line."""
+    return f"memory {describe_memory(plan.memory, plan.peak_bytes)}; {plan.verdict} ({plan.device})"
+
+
 def describe_plan(plan: Plan) -> str:
     """The plan as text."""
     lines = [
