@@ -208,6 +208,8 @@ def _notes(config: TrainConfig, num_tasks: int, *, warm_start: bool) -> list[str
     if config.warm_start.steps:
         when = "after" if warm_start else "before, or without,"
         notes.append(f"the policy is the one {when} the {config.warm_start.steps} steps of warm start")
+    if config.learner.ranks > 1 or config.engine.process == "separate":
+        notes.append("what was held is of this process alone, without those of the engine and the learner's ranks")
     episodes, slots = num_tasks * config.rollout.group_size, config.engine.slots
     if episodes < slots and num_tasks < config.rollout.groups_per_step:
         notes.append(

@@ -129,36 +129,45 @@ class RolloutResult:
 
     def rows(self) -> list[tuple[str, str]]:
         """The figures as pairs of label and text, as printed and as shown in a notebook."""
-        seen, metrics = self.outcomes, self.metrics
-        rows = [("episodes", f"{seen.episodes} ({seen.groups} tasks)")]
+        seen = self.outcomes
+        rows = [("episodes", f"{seen.episodes} ({_counted(seen.groups, 'task', 'tasks')})")]
         if self.success is not None:
             share, low, high = self.success
             rows.append(("success", f"{percent(share)} (95 % interval {percent(low)} to {percent(high)})"))
         rows += [
-            ("reward", f"{number(seen.mean_reward)} in the mean"),
+            ("reward", f"{number(seen.mean_reward)} in the mean" if seen.kept else "none: every episode failed"),
             ("groups whose rewards differ", f"{seen.with_signal} of {seen.groups} ({percent(seen.signal_share)})"),
             ("malformed replies", self._told(seen.malformed_share, "malformed")),
             ("truncated episodes", self._told(seen.truncated_share, "truncated")),
             ("failed episodes", self._told(seen.failed_share, "failed")),
         ]
+        return [*rows, *self._episode_rows(), *self._learner_rows(), *self._projected_rows()]
+
+    def _episode_rows(self) -> list[tuple[str, str]]:
+        """What an episode takes; those that failed are in the time of all together only."""
+        seen, metrics = self.outcomes, self.metrics
         took, per_s = metrics["time/rollout_s"], round(metrics["rollout/tokens_per_s"])
+        together = f"{seconds(took)}: {seconds(took / max(1, seen.episodes))} per episode, "
+        rows = [("all together", f"{together}{per_s:,} tokens drawn per second")]
+        if not seen.kept:
+            return rows
         engine, world = seconds(metrics["rollout/generate_s"]), seconds(metrics["rollout/env_s"])
-        each = seconds(took / max(1, seen.episodes))
-        rows += [
-            ("an episode", f"{_counted(metrics['rollout/turns'], 'reply', 'replies')}, {self._tokens()}"),
+        tokens = f"{metrics['rollout/episode_tokens']:.0f} tokens, {self._drawn():.0f} of them drawn"
+        return [
+            ("an episode", f"{_counted(metrics['rollout/turns'], 'reply', 'replies')}, {tokens}"),
             ("it waits", f"{engine} for the engine, {world} for the environment"),
-            ("all together", f"{seconds(took)}: {each} per episode, {per_s:,} tokens drawn per second"),
+            *rows,
         ]
-        return [*rows, *self._learner_rows(), *self._projected_rows()]
+
+    def _drawn(self) -> float:
+        """Tokens drawn per episode that was not spoilt."""
+        kept = [trajectory for trajectory in self.trajectories if not trajectory.failed]
+        return sum(trajectory.num_policy_tokens for trajectory in kept) / max(1, len(kept))
 
     def _told(self, share: float, kind: str) -> str:
         found = self.reasons(kind)
         reasons = "; ".join(f"{one_line(reason, limit=REASON_LIMIT)} ({count}x)" for reason, count in found)
         return percent(share) + (f": {reasons}" if reasons else "")
-
-    def _tokens(self) -> str:
-        drawn = self.metrics["rollout/tokens"] / max(1, len(self.trajectories))
-        return f"{self.metrics['rollout/episode_tokens']:.0f} tokens, {drawn:.0f} of them drawn"
 
     def _learner_rows(self) -> list[tuple[str, str]]:
         if "policy/loss" not in self.metrics:

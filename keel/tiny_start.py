@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +19,21 @@ from keel import plugins
 from keel.chat.base import Chat
 from keel.chat.factory import make_chat
 from keel.config import TrainConfig, WarmStartConfig
-from keel.envs.base import NoDemonstrationsError
+from keel.envs.base import Env, NoDemonstrationsError
+from keel.envs.calls import told
 from keel.envs.load import EnvFactory
 from keel.models.tiny import CHATML_SPECIAL_TOKENS, HARMONY_SPECIAL_TOKENS, build_tiny_model, build_tiny_tokenizer
 from keel.rollouts.demonstrate import Demonstrations, DemonstrationSource
 from keel.rollouts.loop_thread import run_once
+from keel.types import Message, Task, UserFault
 
 NUM_DEMONSTRATIONS = 1000
 NUM_TASKS = 1000
 Style = Literal["harmony", "chatml"]
+
+
+class TinyStartError(UserFault, RuntimeError):
+    """A small model cannot be made for the run; says what of the environment failed."""
 
 
 def build_tiny_start(config: TrainConfig, factory: EnvFactory, path: Path) -> None:
@@ -44,7 +50,8 @@ def build_tiny_start(config: TrainConfig, factory: EnvFactory, path: Path) -> No
 def texts_to_learn(config: TrainConfig, factory: EnvFactory, style: Style) -> Iterator[str]:
     """What the tokenizer learns its words from: demonstrations, or, if there are none, tasks.
 
-    Raises NoDemonstrationsError if there are none and the config has a warm start, which needs them.
+    Raises NoDemonstrationsError if there are none and the config has a warm start, which needs them, TinyStartError if
+    a task cannot be begun.
     """
     special = HARMONY_SPECIAL_TOKENS if style == "harmony" else CHATML_SPECIAL_TOKENS
     cut = re.compile("|".join(map(re.escape, special)))
@@ -79,6 +86,18 @@ def _demonstrated(config: TrainConfig, factory: EnvFactory, chat: Chat) -> list[
     return [list(segment.token_ids) for group in groups for segment in group.trajectories[0].segments]
 
 
+async def _begun(env: Env, task: Task) -> Sequence[Message]:
+    """The first messages of a task."""
+    try:
+        messages: Any = env.reset(task)
+        return await messages if inspect.isawaitable(messages) else messages  # type: ignore[no-any-return]
+    except Exception as error:
+        raise TinyStartError(
+            f"without demonstrations a small model learns its words from the tasks, and reset() of task {task.id} "
+            f"raised {told(error)}"
+        ) from error
+
+
 async def _asked(factory: EnvFactory, chat: Chat) -> tuple[list[str], list[list[int]]]:
     """The texts of the first `NUM_TASKS` tasks' data, and the tokens of their first prompts."""
     env = factory()
@@ -87,10 +106,7 @@ async def _asked(factory: EnvFactory, chat: Chat) -> tuple[list[str], list[list[
         chosen = [tasks[index] for index in range(min(NUM_TASKS, len(tasks)))]
         prompts = []
         for task in chosen:
-            messages: Any = env.reset(task)
-            if inspect.isawaitable(messages):
-                messages = await messages
-            prompts.append(list(chat.start(messages, env.tools()).token_ids))
+            prompts.append(list(chat.start(await _begun(env, task), env.tools()).token_ids))  # noqa: PERF401
     finally:
         closed = env.close()
         if inspect.isawaitable(closed):

@@ -129,9 +129,15 @@ def judge(seen: Outcomes) -> Judgement:
 
 def likely_causes(seen: Outcomes) -> tuple[Cause, ...]:
     """What keeps attempts from differing, the most likely first; never empty."""
-    causes = _spoilt(seen)
-    unread = any(cause.name in ("malformed", "truncated") for cause in causes)
-    causes += _all_the_same(seen, unread=unread)
+    spoilt, same = _spoilt(seen), _all_the_same(seen)
+    unread = any(cause.name in ("malformed", "truncated") for cause in spoilt)
+    causes = [
+        *(cause for cause in same if cause.name == "all_right"),  # nothing else keeps such attempts from differing
+        *spoilt,
+        *(
+            cause for cause in same if cause.name == "all_wrong" and not unread
+        ),  # unread, they tell nothing of the tasks
+    ]
     if not causes:
         causes = [
             Cause(
@@ -175,15 +181,15 @@ def _spoilt(seen: Outcomes) -> list[Cause]:
     return causes
 
 
-def _all_the_same(seen: Outcomes, *, unread: bool) -> list[Cause]:
-    """Tasks that every attempt solves, or none; replies that were mostly not read say nothing about the tasks."""
+def _all_the_same(seen: Outcomes) -> list[Cause]:
+    """Tasks that every attempt solves, or none."""
     success = seen.success_share
     if success is None or seen.kept == 0:
         return []
     if success >= ALL:
         what = f"{percent(success)} of attempts succeed: the tasks are too easy for this policy"
         return [Cause("all_right", what, "give it harder tasks, or leave out those that it always solves")]
-    if success <= 1.0 - ALL and not unread:
+    if success <= 1.0 - ALL:
         what = f"{percent(success)} of attempts succeed: the tasks are too hard for this policy"
         advice = (
             "give it easier tasks first, a reward for partial success, more attempts (rollout.group_size) or a warm "

@@ -30,7 +30,7 @@ FAILED = attempt(status="env_error")
     [
         ([RIGHT] * 4, ["all_right"]),
         ([WRONG] * 4, ["all_wrong"]),
-        ([FAILED] * 2 + [RIGHT] * 2, ["failing", "all_right"]),
+        ([FAILED] * 2 + [RIGHT] * 2, ["all_right", "failing"]),
         ([FAILED] * 4, ["failing"]),
         ([attempt(success=False, malformed="no end")] * 4, ["malformed"]),
         ([attempt(0.5, status="truncated")] * 4, ["truncated"]),
