@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, get_args
 
@@ -20,15 +21,25 @@ from keel.envs.calls import call_with_timeout
 from keel.envs.prompts import Prompt, PromptFunction
 from keel.envs.rows import DataError, open_rows
 from keel.envs.task_split import OnBadRow, Split, columns_of, split_as_given, split_by_content
+from keel.envs.threads import HangingCallsError
 from keel.envs.tool_env import OnMalformed, ToolEnv
 from keel.envs.tools import Tool
 from keel.plugins import resolve
 from keel.rewards.answers import exact_match
 from keel.rewards.base import RewardError, Score
-from keel.rewards.parts import RewardDeclarationError, RewardPart, Rewards, TrlReward, as_list, as_parts, is_weighted
+from keel.rewards.parts import (
+    RewardDeclarationError,
+    RewardPart,
+    Rewards,
+    TrlReward,
+    as_list,
+    as_parts,
+    failure,
+    is_weighted,
+)
 from keel.types import Message, Task, Trajectory
 
-Success = float | Callable[[Trajectory, Task], bool] | None
+Success = float | str | Callable[[Trajectory, Task], bool] | None
 _NO_LIMIT_S = 1e6  # the episode has a limit of its own for all of the judging (env.step_timeout_s)
 _EVAL_SPLITS = ("test", "validation", "eval")
 
@@ -63,7 +74,8 @@ def task_env(  # noqa: PLR0913 (a knob each, and all but the data by name)
     or a list of these, or of pairs (reward, weight). `task.data` is the row. One that raises, or returns anything but
     a finite number, makes the episode `env_error`, never a zero. Without it the config's `[env.reward]` is all.
 
-    `success`: the reward from which on an episode is one, a function `(trajectory, task) -> bool`, or None: not said.
+    `success`: the reward from which on an episode is one; the name of the reward among several that says so by reaching
+    1.0; a function `(trajectory, task) -> bool`, which finds the rewards in the trajectory; or None: not said.
 
     `tools`: typed functions with a docstring; the agent may call them before it answers. `on_malformed`: "end", or
     "answer" to tell the agent and go on.
@@ -163,21 +175,28 @@ class TaskEnv(ToolEnv):
             return Score(0.0)
         values = {part.name: await self._ask(part, trajectory, task) for part in self._parts}
         total = sum(part.weight * values[part.name] for part in self._parts)
-        return Score(total, values, await self._succeeds(total, trajectory, task))
+        scored = replace(trajectory, reward=total, reward_parts=values)
+        return Score(total, values, await self._succeeds(scored, task))
 
     async def _ask(self, part: RewardPart, trajectory: Trajectory, task: Task) -> float:
+        return part.value(await self._call(part.name, part.function, trajectory, task))
+
+    async def _call(self, name: str, function: Callable[..., Any], trajectory: Trajectory, task: Task) -> Any:
         try:
-            returned = await call_with_timeout(part.function, trajectory, task, timeout_s=_NO_LIMIT_S)
-        except RewardError:
+            return await call_with_timeout(function, trajectory, task, timeout_s=_NO_LIMIT_S)
+        except (RewardError, HangingCallsError):
             raise
         except Exception as error:
-            raise part.failure(error) from error
-        return part.value(returned)
+            raise failure(name, error) from error
 
-    async def _succeeds(self, total: float, trajectory: Trajectory, task: Task) -> bool | None:
+    async def _succeeds(self, scored: Trajectory, task: Task) -> bool | None:
+        if self._success is None:
+            return None
+        if isinstance(self._success, str):
+            return scored.reward_parts[self._success] >= 1.0
         if not callable(self._success):
-            return None if self._success is None else total >= self._success
-        said = await call_with_timeout(self._success, trajectory, task, timeout_s=_NO_LIMIT_S)
+            return scored.reward >= self._success
+        said = await self._call("success", self._success, scored, task)
         if not isinstance(said, bool):
             raise RewardError(f"success() returns True or False; got {type(said).__name__} {said!r:.100}")
         return said
@@ -218,14 +237,13 @@ def _loaded(
         raise DataError(f"eval_share is a share between 0 and 1; got {eval_share!r}")
     if on_bad_row not in get_args(OnBadRow):
         raise DataError(f"on_bad_row is 'refuse' or 'skip'; got {on_bad_row!r}")
-    if success is not None and not callable(success) and not isinstance(success, int | float):
-        raise RewardDeclarationError(f"success is a number, a function or None; got {success!r}")
     if isinstance(columns, str):
         raise DataError(f"columns is a list of names; got the text {columns!r}")
     data, eval_data = _both_splits(data, eval_data)
     rows = open_rows(data, columns)
     made = Prompt(prompt, system, columns_of(rows))
     parts = _parts(reward, answer, made)
+    _check_success(success, parts)
     needed = [answer] if any(_compares(part) for part in parts) else []
     needed += [name for part in parts if isinstance(part.function, TrlReward) for name in part.function.needs]
     if eval_data is None:
@@ -259,6 +277,15 @@ def _parts(reward: Rewards | None, answer: str, prompt: Prompt) -> tuple[RewardP
         return ()
     rewards = [_with_answer(item, answer) for item in as_list(reward)]
     return as_parts(rewards, is_text=lambda task: prompt.is_text(dict(task.data)))
+
+
+def _check_success(success: Success, parts: Sequence[RewardPart]) -> None:
+    names = [part.name for part in parts]
+    if isinstance(success, str) and success not in names:
+        got = f"the rewards are {', '.join(names)}" if names else "there is no reward"
+        raise RewardDeclarationError(f"success names the reward {success!r}, but {got}")
+    if success is not None and not callable(success) and not isinstance(success, int | float | str):
+        raise RewardDeclarationError(f"success is a number, the name of a reward, a function or None; got {success!r}")
 
 
 def _with_answer(item: Any, answer: str) -> Any:

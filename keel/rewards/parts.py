@@ -45,12 +45,6 @@ class RewardPart:
             raise RewardError(f"reward {self.name} returns a finite number; got {_short(returned)}")
         return float(returned)
 
-    def failure(self, error: BaseException) -> RewardError:
-        """The error of a function that raised, with the place in its own file."""
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" ({PurePath(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-        return RewardError(f"reward {self.name} raised {type(error).__name__}: {error}{place}")
-
 
 def as_list(reward: Rewards) -> list[RewardLike | tuple[RewardLike, float]]:
     """One reward, or several, as a list."""
@@ -92,6 +86,13 @@ def as_reward(
             "TRL's style, (prompts, completions, **columns) -> list of floats"
         )
     return function
+
+
+def failure(name: str, error: BaseException) -> RewardError:
+    """The error of a reward's function that raised, with the place in its own file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({PurePath(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return RewardError(f"reward {name} raised {type(error).__name__}: {error}{place}")
 
 
 def name_of(function: Any) -> str:

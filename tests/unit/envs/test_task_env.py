@@ -364,6 +364,14 @@ def test_success_may_be_a_function_or_unsaid() -> None:
     def right(trajectory: Trajectory, task: Task) -> bool:
         return exact_match(trajectory, task) == 1.0
 
+    def scored(trajectory: Trajectory, task: Task) -> bool:
+        return (trajectory.reward, trajectory.reward_parts) == (0.5, {"is_short": 1.0, "exact_match": 0.0})
+
+    two = [is_short, ("exact_match", 0.5)]
+    assert judged(task_env(ROWS[1:2], reward=two, success="exact_match"), "3", Task("t", ROWS[1])).success is False
+    assert judged(task_env(ROWS[1:2], reward=two, success="exact_match"), "2", Task("t", ROWS[1])).success is True
+    halves = task_env(ROWS[1:2], reward=[(is_short, 0.5), "exact_match"], success=scored)
+    assert [judged(halves, answer, Task("t", ROWS[1])).success for answer in ("3", "2")] == [True, False]
     made = task_env(ROWS[1:2], reward=is_short, success=right)
     task = made().tasks("train")[0]
     assert [judged(made, answer, task).success for answer in ("2", "3")] == [True, False]
