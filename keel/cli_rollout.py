@@ -102,26 +102,30 @@ def print_episode(shown: Trajectory, parts: tuple[EpisodePart, ...], console: Co
 
     What a model or a tool wrote stays in a column of its own, so no line of it can pass for one of ours.
     """
-    console.print(Text(_headline(shown), style="bold"))
+    _print_marked(console, "episode", _headline(shown), "bold")
     console.print(Text("c| was read by the policy, p> was drawn by it", style="dim"))
     for part in parts:
         mark, style = GUTTERS[part.origin]
         console.print(Text(f"turn {part.turn + 1}, {part.origin}, {part.num_tokens} tokens", style="bold dim"))
-        table = Table.grid(padding=(0, 1))
-        for line in printable(part.text, limit=None if whole else ABRIDGED).split("\n"):
-            table.add_row(Text(mark, style=style), Text(line, style=style, overflow="fold"))
-        console.print(table)
+        _print_marked(console, mark, printable(part.text, limit=None if whole else ABRIDGED), style)
         malformed = shown.turns[part.turn].malformed if part.origin == "policy" and part.turn >= 0 else None
         if malformed is not None:
-            text = f"turn {part.turn + 1} could not be read: {one_line(malformed, limit=300)}"
-            console.print(Text(text, style="red"))
+            _print_marked(console, "could not be read:", one_line(malformed, limit=300), "red")
+
+
+def _print_marked(console: Console, mark: str, text: str, style: str) -> None:
+    """The lines of `text`, with `mark` before each; where one is folded, it goes on in its own column."""
+    table = Table.grid(padding=(0, 1))
+    for line in text.split("\n"):
+        table.add_row(Text(mark, style=style), Text(line, style=style, overflow="fold"))
+    console.print(table)
 
 
 def _headline(shown: Trajectory) -> str:
     success = "" if shown.success is None else f", {'a success' if shown.success else 'no success'}"
     parts = ", ".join(f"{one_line(name, limit=80)} {number(value)}" for name, value in shown.reward_parts.items())
     error = f" ({one_line(shown.error, limit=300)})" if shown.error else ""
+    earned = "" if shown.failed else f", reward {number(shown.reward)}{f' ({parts})' if parts else ''}"
     return (
-        f"an attempt at task {one_line(shown.task.id, limit=80)}: {shown.status}{error}, reward {number(shown.reward)}"
-        f"{f' ({parts})' if parts else ''}{success}"
+        f"attempt {shown.attempt} at task {one_line(shown.task.id, limit=80)}: {shown.status}{error}{earned}{success}"
     )

@@ -130,14 +130,11 @@ def judge(seen: Outcomes) -> Judgement:
 def likely_causes(seen: Outcomes) -> tuple[Cause, ...]:
     """What keeps attempts from differing, the most likely first; never empty."""
     spoilt, same = _spoilt(seen), _all_the_same(seen)
+    # Where all are right, nothing else keeps attempts from differing; where most are unread, tasks are not to blame.
     unread = any(cause.name in ("malformed", "truncated") for cause in spoilt)
-    causes = [
-        *(cause for cause in same if cause.name == "all_right"),  # nothing else keeps such attempts from differing
-        *spoilt,
-        *(
-            cause for cause in same if cause.name == "all_wrong" and not unread
-        ),  # unread, they tell nothing of the tasks
-    ]
+    right = [cause for cause in same if cause.name == "all_right"]
+    wrong = [cause for cause in same if cause.name == "all_wrong" and not unread]
+    causes = [*right, *spoilt, *wrong]
     if not causes:
         causes = [
             Cause(
