@@ -121,7 +121,7 @@ def remains(run: Run) -> dict[str, Any]:
             found[name] = _timeless(json.loads(path.read_text()))
         elif name == "config.toml":
             found[name] = [line for line in path.read_text().splitlines() if not line.startswith("run_dir")]
-        elif name == "environment.json" or path.name == "manifest.json":  # fingerprints of learner.json's times
+        elif name in ("environment.json", "report.html") or path.name == "manifest.json":  # they tell times
             found[name] = "present"
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -139,10 +139,10 @@ def _tensors(path: Path, name: str) -> dict[str, Any]:
 
 
 def _timeless(value: Any) -> Any:
-    """`value` without seconds, speeds and process numbers."""
+    """`value` without seconds, speeds, memory and process numbers."""
     if isinstance(value, dict):
-        dropped = ("run_dir", "seconds", "pid", "memory/resident_mib")
-        return {key: _timeless(item) for key, item in value.items() if key not in dropped and not key.endswith("_s")}
+        dropped, ends = ("run_dir", "seconds", "pid"), ("_s", "_mib")
+        return {key: _timeless(item) for key, item in value.items() if key not in dropped and not key.endswith(ends)}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
