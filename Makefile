@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # One thread per process: torch's threads of several test processes would stand in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help install quickstart control test lint mutants soak test-browser docs clean
+.PHONY: help install quickstart control test lint mutants soak test-browser test-gpu docs clean
 
 help:
 	@echo "make quickstart [SEED=0]  install, then train a small agent (minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make install              only make .venv"
 	@echo "make mutants              break the code on purpose; each break must fail its test"
 	@echo "make soak                 the long tests"
+	@echo "make test-gpu             the tests that need a CUDA card"
 	@echo "make test-browser         the report in a real browser (Chromium on PATH)"
 	@echo "make docs                 write docs/config.md"
 
@@ -63,6 +64,10 @@ test: lint
 
 soak: $(STAMP)
 	$(PYTEST) -m soak $(TESTS)
+
+# One process: several would share the card's memory.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 test-browser: $(STAMP)
 	$(PYTEST) -m browser tests/browser
