@@ -7,6 +7,7 @@ the run goes on. So nothing else in Keel knows whether a plug-in was named or gi
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ def configured(
 
     Raises ConfigError with every fault of the config, PluginError for an object that cannot be what it is given as.
     """
+    _check_program()
     read, where = read_config(config)
     if not learns:
         read = read.model_copy(update={"algo": AlgoConfig()})
@@ -67,6 +69,7 @@ def given_again(config: TrainConfig, *, env: Any = None, reward: Any = None, los
 
     Raises PluginError for one that would stand in for another plug-in than the one the run began with.
     """
+    _check_program()
     held = {}
     for kind, item in _given(env=env, reward=reward, loss=loss).items():
         name = {"env": config.env.id, "reward": config.env.reward.id, "loss": config.algo.loss.id}[kind]
@@ -139,6 +142,15 @@ def _with_names(config: TrainConfig, names: Mapping[str, str]) -> TrainConfig:
     if "loss" in names and algo.loss.id != names["loss"]:
         algo = algo.model_copy(update={"loss": Plugin(id=names["loss"])})
     return config.model_copy(update={"env": env, "algo": algo})
+
+
+def _check_program() -> None:
+    """A process that `spawn` starts runs the program's file again, to import from it, and must not run it all."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing.spawn asks itself
+        raise PluginError(
+            "this program starts processes of a learner or an engine, and each runs the program's file again to import "
+            'from it: put its top level under `if __name__ == "__main__":`'
+        )
 
 
 def _check_ranks(config: TrainConfig, held: plugins.Held) -> None:

@@ -181,9 +181,12 @@ class LearnerGroup:
         code = self._processes[rank].exitcode
         self.close()
         if answer is None or answer.error is None:
+            fix = 'a script that starts ranks needs `if __name__ == "__main__":` around its top level'
+            if self.stage is not None:
+                fix = "resume from the last checkpoint"
             raise LearnerError(
                 f"learner rank {rank} of {self.num_ranks} ended without an answer (exit code {code}; a negative one is "
-                "the signal that killed it, -9 is often memory); resume from the last checkpoint"
+                f"the signal that killed it, -9 is often memory); {fix}"
             )
         answer.error.add_note(f"in learner rank {rank} of {self.num_ranks}:\n{answer.traceback}")
         raise answer.error

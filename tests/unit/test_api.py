@@ -495,6 +495,30 @@ def test_a_loss_of_the_program_itself_trains_on_two_ranks_if_they_can_import_it(
         assert not (tmp_path / "run").exists()
 
 
+UNGUARDED = """
+import multiprocessing, sys
+import keel
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=print)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+keel.train({config})
+"""
+
+
+def test_a_program_that_its_own_processes_would_run_again_is_told_to_guard_its_top_level(tmp_path):
+    config = {**SMALL, "run_dir": str(tmp_path / "run")}
+    (tmp_path / "program.py").write_text(UNGUARDED.format(config=config))
+    done = subprocess.run(
+        [sys.executable, "program.py"], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 1
+    assert 'put its top level under `if __name__ == "__main__":`' in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrong_object_leaves_no_run_directory(tmp_path):
     with pytest.raises(PluginError):
         keel.train({**SMALL, "run_dir": tmp_path / "run"}, env=Echo, reward=lambda trajectory: 0.0)
