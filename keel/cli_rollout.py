@@ -89,12 +89,12 @@ def print_result(result: RolloutResult, console: Console, *, whole: bool = False
     console.print(table)
     console.print()
     for note in result.notes:
-        console.print(Text(f"note: {note}", style="dim"))
+        _print_marked(console, "note:", note, "dim")
     judgement = result.judgement
     console.print(Text(judgement.text, style=STYLES[judgement.level]))
     for cause in judgement.causes:
-        console.print(Text(f"- {cause.seen}"))
-        console.print(Text(f"  what to do: {cause.advice}"))
+        _print_marked(console, "-", cause.seen)
+        _print_marked(console, "  what to do:", cause.advice)
 
 
 def print_episode(shown: Trajectory, parts: tuple[EpisodePart, ...], console: Console, *, whole: bool = False) -> None:
@@ -113,7 +113,7 @@ def print_episode(shown: Trajectory, parts: tuple[EpisodePart, ...], console: Co
             _print_marked(console, "could not be read:", one_line(malformed, limit=300), "red")
 
 
-def _print_marked(console: Console, mark: str, text: str, style: str) -> None:
+def _print_marked(console: Console, mark: str, text: str, style: str = "") -> None:
     """The lines of `text`, with `mark` before each; where one is folded, it goes on in its own column."""
     table = Table.grid(padding=(0, 1))
     for line in text.split("\n"):
@@ -126,6 +126,5 @@ def _headline(shown: Trajectory) -> str:
     parts = ", ".join(f"{one_line(name, limit=80)} {number(value)}" for name, value in shown.reward_parts.items())
     error = f" ({one_line(shown.error, limit=300)})" if shown.error else ""
     earned = "" if shown.failed else f", reward {number(shown.reward)}{f' ({parts})' if parts else ''}"
-    return (
-        f"attempt {shown.attempt} at task {one_line(shown.task.id, limit=80)}: {shown.status}{error}{earned}{success}"
-    )
+    task = one_line(shown.task.id, limit=80)
+    return f"attempt {shown.attempt} at task {task}: {shown.status}{error}{earned}{success}"

@@ -150,6 +150,7 @@ def test_long_texts_are_cut_unless_all_is_asked_for():
     assert as_text(found, whole=True).count("x") >= 5 * (ABRIDGED + 77)
 
 
+OURS = ("c| ", "p> ", "   ", "episode ", "could not be read: ", "turn ", "no signal", "- ", "  what")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -162,9 +163,7 @@ def test_text_of_others_is_never_more_than_text(name):
     shown = ESCAPE.sub("", printed(found, terminal=True))
     assert not [char for char in shown if not char.isprintable() and char != "\n"]
     for line in shown.splitlines():
-        ours = line.startswith(
-            ("c| ", "p> ", "   ", "episode ", "could not be read: ", "turn ", "no signal", "- ", "  what")
-        )
+        ours = line.startswith(OURS)
         assert ours or line.rstrip() in ("", "c|", "p>") or line.split("  ")[0] in dict(found.rows()), line
     html = found._repr_html_()
     assert set(re.findall(r"<[^>]*>", html)) <= {
