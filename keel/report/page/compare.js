@@ -34,13 +34,28 @@ function commonAxis(series) {
   return { axis, place: (stage, step) => axis.position((starts.get(stage) ?? 0) + step + 1) };
 }
 
+/** Values and positions with a gap between stages: a run that left one early does not cross to the next. */
+function parted(values, series, place) {
+  const found = { values: [], positions: [] };
+  values.forEach((value, row) => {
+    const position = place(series.stage[row], series.step[row]);
+    if (row > 0 && series.stage[row] !== series.stage[row - 1]) {
+      found.values.push(null);
+      found.positions.push(position);
+    }
+    found.values.push(value);
+    found.positions.push(position);
+  });
+  return found;
+}
+
 function comparedSpec([name, title, unit, scale, words], data, place) {
   const lines = SIDES.map((side) => {
     const series = data.series[side];
     const values = series[name]?.map((value, row) => (DEMONSTRATED.has(name) && series.stage[row] === "warm_start" ? null : value));
     if (!values?.some((value) => typeof value === "number")) return null;
     const shown = values.length < 160 ? values : smoothed(values, series.stage);
-    return { values: shown, positions: series.stage.map((stage, row) => place(stage, series.step[row])), colour: SIDE_COLOUR[side], dash: side === "b" ? "4px 2px" : "solid", side };
+    return { ...parted(shown, series, place), colour: SIDE_COLOUR[side], dash: side === "b" ? "4px 2px" : "solid", side };
   }).filter(Boolean);
   const band = data.bands.a?.[name] ?? data.bands.b?.[name];
   const wanted = scale === "log" ? "log" : scaleFor(lines.flatMap((line) => line.values));

@@ -70,7 +70,7 @@ function episodeHead(store, step, group, trajectory) {
   return el("header", { class: "reader-head" },
     el("div", { class: "reader-title" }, el("a", { href: `#${step}` }, `Step ${step}`), el("h2", { tabindex: "-1" }, `Attempt ${number(trajectory.attempt)}`), rewardPill(trajectory),
       ok ? null : el("span", { class: "pill warn" }, foreign(String(trajectory.status).replaceAll("_", " "), { limit: 40, more: false })),
-      el("span", { class: "muted" }, trajectory.num_tokens ? counted(trajectory.num_tokens, "token") : ""),
+      el("span", { class: "muted token-count" }, trajectory.num_tokens ? counted(trajectory.num_tokens, "token") : ""),
       el("span", { class: "push" }), arrowLink(link(siblings[at - 1]), "\u2190", "Attempt before"), arrowLink(link(siblings[at + 1]), "\u2192", "Attempt after")),
     el("p", { class: "reader-task" }, foreign(group.task_text, { limit: 240, more: false })),
     el("nav", { class: "chips", "aria-label": "Attempts of the group" }, siblings.map((one) => attemptChip(step, one, one === trajectory))), attemptFacts(trajectory));

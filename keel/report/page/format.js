@@ -11,6 +11,11 @@ function number(value, digits = 3) {
   return minus(trimmed(value.toPrecision(digits)));
 }
 
+/** Two decimals, so that a column of ordinary values lines up. */
+function aligned(value) {
+  return Math.abs(value) < 1000 ? minus(value.toFixed(2)) : number(value);
+}
+
 /** "2.4 x 10^-7" as it is written by hand. */
 function scientific(value, digits) {
   const [mantissa, exponent] = value.toExponential(digits).split("e");

@@ -24,7 +24,7 @@ function start() {
   };
   const drawOverview = () => {
     const focused = document.activeElement?.closest?.("[data-chart]")?.dataset.chart;
-    overview = buildOverview(sections.overview, store, overview?.range ?? null);
+    overview = buildOverview(sections.overview, store, overview);
     stale = false;
     if (focused) sections.overview.querySelector(`[data-chart="${CSS.escape(focused)}"] .chart`)?.focus({ preventScroll: true });
   };

@@ -65,8 +65,8 @@ function successWords(spec, data, row) {
   ];
 }
 
-/** Fills the section; returns {redraw, range} for a change of size, colour scheme or data. */
-function buildOverview(section, store, range) {
+/** Fills the section; returns what a redrawing needs. `before` is what the last call returned: its zoom is kept. */
+function buildOverview(section, store, before) {
   const data = store.data;
   const axis = makeAxis(data);
   const cards = chartSpecs(data, axis).map((spec) => chartCard(spec, data));
@@ -80,7 +80,7 @@ function buildOverview(section, store, range) {
   const alarmCard = el("figure", { class: "card chart-card", "data-chart": "alarms" },
     el("figcaption", {}, el("h3", {}, "Alarms"), el("span", { class: "value" }, el("b", {}, number(data.alarms.length)))),
     timeline ? timeline.box : el("p", { class: watched ? "empty-text calm" : "empty-text" }, watched ? "\u2713 Nothing to report" : "No step has been watched yet."), said);
-  const stages = axis.segments.length > 1 ? stageChoice(axis, (next) => zoom(next)) : null;
+  const stages = axis.segments.length > 1 ? stageChoice(axis, (key) => { view.stage = key; zoom(rangeOfStage(axis, key)); }) : null;
   const bar = el("div", { class: "axis-bar" },
     el("span", { class: "muted" }, axis.stretched ? "Across: training step; stages not to one scale" : "Across: training step"), where, stages);
   replace(section, verdictPanel(data), bar, el("div", { class: "charts" }, cards.map((card) => card.node), alarmCard),
@@ -90,14 +90,22 @@ function buildOverview(section, store, range) {
   const zoom = (next) => {
     view.range = next ?? axis.range;
     for (const plot of plots) plot.draw(view.range);
-    if (stages && next === null) stages.choose("all");
   };
-  const view = { range: range ?? axis.range, redraw: () => { for (const plot of plots) plot.draw(view.range); } };
-  for (const card of cards) if (card.spec.lines.length) plots.push(armedChart(card, axis, zoom));
+  const dragged = (next) => {
+    view.stage = next === null ? "all" : null;
+    stages?.choose(view.stage);
+    zoom(next);
+  };
+  const view = { range: axis.range, stage: "all", redraw: () => { for (const plot of plots) plot.draw(view.range); } };
+  for (const card of cards) if (card.spec.lines.length) plots.push(armedChart(card, axis, dragged));
   if (timeline) plots.push(timeline);
   const point = pointer(data, axis, cards, plots, where, store);
   plots.forEach((plot) => point.listen(plot));
-  if (range) zoom(range);
+  if (before && before.stage !== "all") {
+    view.stage = before.stage;
+    stages?.choose(view.stage);
+    zoom(view.stage === null ? before.range : rangeOfStage(axis, view.stage));
+  }
   return view;
 }
 
@@ -112,14 +120,16 @@ function armedChart(card, axis, zoom) {
   return chart;
 }
 
-function stageChoice(axis, zoom) {
-  const options = [["all", "All"], ...axis.segments.map((segment, at) => [String(at), stageWords(segment.stage)])];
-  return segmented("Stage shown", options, "all", (key) => {
-    if (key === "all") return zoom(axis.range);
-    const { from, to } = axis.segments[Number(key)];
-    const pad = 0.012 * (to - from);
-    return zoom([from - pad, to + pad]);
-  });
+/** "all", or the number of a stage as text: the part of the axis that shows it. */
+function rangeOfStage(axis, key) {
+  const segment = axis.segments[Number(key)];
+  if (key === "all" || !segment) return axis.range;
+  const pad = 0.012 * (segment.to - segment.from);
+  return [segment.from - pad, segment.to + pad];
+}
+
+function stageChoice(axis, chosen) {
+  return segmented("Stage shown", [["all", "All"], ...axis.segments.map((segment, at) => [String(at), stageWords(segment.stage)])], "all", chosen);
 }
 
 /** One pointer for all charts: cross-hairs, read-outs, arrow keys, and Enter or a click to open the step. */

@@ -46,7 +46,7 @@ function firstBad(verdict) {
 function noteItem(note) {
   const text = String(note);
   const end = text.search(/[.:;] /);
-  if (end < 0 || end > 140 || text.length < 110) return el("li", {}, foreign(text, { limit: 300 }));
+  if (end < 0 || end > 140 || text.length < 72) return el("li", {}, foreign(text, { limit: 300 }));
   return el("li", {}, el("details", {}, el("summary", {}, foreign(text.slice(0, end) + ".")), foreign(text.slice(end + 2), { limit: 1200 })));
 }
 

@@ -13,9 +13,11 @@ function tint(name, strength) {
   return strength <= 0 ? "transparent" : `color-mix(in oklab, var(${name}) ${Math.round(14 + 46 * strength)}%, transparent)`;
 }
 
+const NEUTRAL = tint("--muted", 0.02);
+
 /** Bins over |value| with rising bounds: below the first, ..., at or above the last. An exact 0 has its own. */
 function risingBins(bounds, colour, write) {
-  const bins = [{ label: "0", paint: "transparent", holds: (value) => value === 0 }];
+  const bins = [{ label: "0", paint: NEUTRAL, holds: (value) => value === 0 }];
   bounds.forEach((bound, at) => bins.push(
     { label: `< ${write(bound)}`, paint: tint(colour, (at + 0.3) / (bounds.length + 0.3)), holds: (value) => Math.abs(value) < bound }));
   bins.push({ label: `\u2265 ${write(bounds.at(-1))}`, paint: tint(colour, 1), holds: () => true });
@@ -27,7 +29,7 @@ const WEIGHT_BINS = [
   { label: "< 0.9", paint: tint("--low", 0.66), holds: (value) => value < 0.9 },
   { label: "< 0.99", paint: tint("--low", 0.33), holds: (value) => value < 0.99 },
   { label: "< 1", paint: tint("--low", 0.08), holds: (value) => value < 1 },
-  { label: "exactly 1", paint: "transparent", holds: (value) => value === 1 },
+  { label: "exactly 1", paint: NEUTRAL, holds: (value) => value === 1 },
   { label: "\u2264 1.01", paint: tint("--high", 0.08), holds: (value) => value <= 1.01 },
   { label: "\u2264 1.1", paint: tint("--high", 0.33), holds: (value) => value <= 1.1 },
   { label: "\u2264 2", paint: tint("--high", 0.66), holds: (value) => value <= 2 },
@@ -40,7 +42,7 @@ function advantageBins(bound) {
   const bin = (label, colour, strength, holds) => ({ label, paint: tint(colour, strength), holds });
   return [
     bin(`\u2264 ${number(-two, 2)}`, "--low", 1, (value) => value <= -two), bin(`\u2264 ${number(-third, 2)}`, "--low", 0.6, (value) => value <= -third),
-    bin("< 0", "--low", 0.25, (value) => value < 0), { label: "0", paint: "transparent", holds: (value) => value === 0 },
+    bin("< 0", "--low", 0.25, (value) => value < 0), { label: "0", paint: NEUTRAL, holds: (value) => value === 0 },
     bin("> 0", "--high", 0.25, (value) => value < third), bin(`\u2265 ${number(third, 2)}`, "--high", 0.6, (value) => value < two),
     bin(`\u2265 ${number(two, 2)}`, "--high", 1, () => true),
   ];

@@ -92,7 +92,7 @@ function stepRow(store, one, current) {
   const cells = [
     el("span", { class: "step-number" }, one.stage === "reinforcement" ? `step ${number(one.step)}` : `${stageWords(one.stage)} ${number(one.step)}`),
     one.alarmed ? el("span", { class: "alarm-dot", title: "alarm" }, el("span", { class: "visually-hidden" }, "alarm")) : null,
-    el("span", { class: "step-figures" }, typeof reward === "number" ? number(reward, 2) : "\u2013"),
+    el("span", { class: "step-figures" }, typeof reward === "number" ? aligned(reward) : "\u2013"),
     el("span", { class: "meter", "aria-hidden": "true" }, share === null ? null : el("span", { style: { width: `${100 * share}%` } })),
   ];
   return el("li", {}, one.readable

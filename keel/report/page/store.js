@@ -22,7 +22,7 @@ function makeStore(data) {
     load: async (step) => {
       const here = store.steps.get(step);
       const whole = here && !(store.data.live === true && here.left_out > 0);
-      if (whole || store.data.live !== true) return here ?? null;
+      if (whole || !store.readable(step) || store.data.live !== true) return here ?? null;
       if (!store.waiting.has(step)) {
         store.waiting.set(step, fetchJson(`step/${Number(step)}.json`).then((found) => { store.steps.set(step, found); return found; })
           .catch(() => here ?? null).finally(() => store.waiting.delete(step)));
