@@ -8,10 +8,10 @@ from pathlib import Path
 
 from keel.config import ReportConfig
 
-MOST_OF_TIME = 0.01
-"""Share of a run's time that rewriting may take: after a report that took one second, the next waits a hundred."""
-STEPS_ON_THE_WAY, STEPS_AT_THE_END = 6, 24
-"""Recorded steps read for one report."""
+MOST_OF_TIME = 0.005
+"""Share of a run's time that rewriting may take: after a report that took one second, the next waits two hundred."""
+ON_THE_WAY = {"max_steps": 6, "max_bytes": 7_500_000}
+"""A report on the way shows less, and costs a third."""
 
 
 class LiveReport:
@@ -41,20 +41,20 @@ class LiveReport:
         if self._config.every_s == 0 or self._clock() < self._due:
             return
         began = self._clock()
-        self._write(STEPS_ON_THE_WAY)
+        self._write(**ON_THE_WAY)
         ended = self._clock()
         self._due = ended + max(self._config.every_s, (ended - began) / MOST_OF_TIME)
 
     def close(self) -> None:
         """The run is over, however it ended: write the last report."""
         if self._config.at_end:
-            self._write(STEPS_AT_THE_END)
+            self._write()
 
-    def _write(self, max_steps: int) -> None:
+    def _write(self, **limits: int) -> None:
         try:
             from keel.report.write import write_report  # here, so that a broken installation costs the report alone
 
-            write_report(self._run_dir, max_steps=max_steps)
+            write_report(self._run_dir, None, **limits)
         except Exception as error:  # noqa: BLE001 (nothing that a report does may end a run)
             if not self._told:
                 self._told = True

@@ -30,13 +30,20 @@ _PLACE = re.compile(r"\{\{([a-z]+)((?: [a-z_.]+)*)\}\}")
 _COMMENT = re.compile(r"<!--.*?-->\n?", re.DOTALL)
 
 
-def write_report(run_dir: str | Path, out: str | Path | None = None, *, max_steps: int = MAX_STEPS) -> Path:
+def write_report(
+    run_dir: str | Path,
+    out: str | Path | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_steps: int = MAX_STEPS,
+) -> Path:
     """Write the report of a run to `out`, replacing it whole; returns its path.
 
-    Without `out` it is report.html in the run directory. It has at most `MAX_BYTES`; what that leaves out is stated in
-    it. `max_steps` bounds the recorded steps that are read for it. Raises RunDirectoryError if `run_dir` is no run.
+    Without `out` it is report.html in the run directory. It has at most `max_bytes`, but for what is never left out
+    (chart library and figures, some 6 MB); what was left out is stated in it. `max_steps` bounds the recorded steps
+    that are read for it. Raises RunDirectoryError if `run_dir` is no run.
     """
-    budget = MAX_BYTES - MARGIN - len(page("template.html", "").encode())
+    budget = max(0, max_bytes - MARGIN - len(page("template.html", "").encode()))
     data = report_data(run_dir, budget_bytes=budget, max_steps=max_steps)
     path = Path(out) if out is not None else Path(run_dir) / REPORT_NAME
     write_text(path, page("template.html", to_json(data)))
