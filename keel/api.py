@@ -30,10 +30,10 @@ def train(
 ) -> RunSummary:
     """Train as `config` says, in a new run directory; blocks until the run ends.
 
-    `config` is a TrainConfig, the path of a TOML file, or a mapping of the same shape. `env`, `reward` and `loss` stand
-    in for the config's: an Env class or a function without arguments that makes an environment; `(trajectory, task) ->
-    float`; `(LossInputs, *, options) -> (loss per token [T], metrics)`; each may also be "package.module:name". The
-    config.toml of the run has their names, RUN/sources their source.
+    `config` is a TrainConfig, the path of a TOML file, a recipe's name, or a mapping of the same shape as a file.
+    `env`, `reward` and `loss` stand in for the config's: an Env class or a function without arguments that makes an
+    environment; `(trajectory, task) -> float`; `(LossInputs, *, options) -> (loss per token [T], metrics)`; each may
+    also be "package.module:name". The config.toml of the run has their names, RUN/sources their source.
 
     Raises ConfigError, PluginError and RunDirectoryError before anything is written, and what ends a run.
     """

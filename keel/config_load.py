@@ -34,8 +34,7 @@ def load(path: str | Path | None = None, sets: Sets = ()) -> TrainConfig:
     """
     if path is None:
         return parse("", "defaults", sets)
-    recipe = None if Path(path).exists() else recipe_text(str(path))
-    return parse(read_text(Path(path)) if recipe is None else recipe, str(path), sets)
+    return parse(read_text(Path(path)), str(path), sets)
 
 
 def parse(text: str, source: str = "config", sets: Sets = (), *, resolve_plugins: bool = True) -> TrainConfig:
@@ -145,7 +144,10 @@ def _values(value: Any, path: config_schema.Path = ()) -> Iterator[tuple[config_
 
 
 def read_text(path: Path) -> str:
-    """The text of a config file. Raises ConfigError if it cannot be read."""
+    """The text of a config file, or of the recipe of that name if there is no such file. Raises ConfigError."""
+    recipe = None if path.exists() else recipe_text(str(path))
+    if recipe is not None:
+        return recipe
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ from keel.export_card import model_card
 from keel.export_push import check_pushable, push_directory
 from keel.learner.checkpoint import verify
 from keel.models.adapter_files import ADAPTER_WEIGHTS, base_model, is_adapter
+from keel.monitor import cells
 from keel.runs import Run, load_run
 from keel.types import UserFault
 
@@ -46,6 +47,10 @@ class Exported:
     kind: Kind
     checkpoint: Path
     url: str = ""
+
+    def _repr_html_(self) -> str:
+        named = {"directory": self.path, "checkpoint": self.checkpoint.name, "pushed to": self.url or None}
+        return cells.facts(f"exported: {self.kind}", named)
 
 
 def export_run(

@@ -22,7 +22,7 @@ from keel.envs.base import Env
 from keel.plugins import PluginError
 
 ConfigSource = TrainConfig | str | os.PathLike[str] | Mapping[str, Any]
-"""A config: as an object, as the path of a TOML file, or as a mapping of the same shape as the file."""
+"""A config: an object, the path of a TOML file, the name of a recipe, or a mapping of the same shape as a file."""
 
 ROOMS = {"env": "keel.envs", "reward": "keel.rewards", "loss": "keel.algo.losses"}
 RUNNABLE = ("model.path|model.tiny.preset", "env.id")

@@ -187,7 +187,7 @@ def _keep(directory: Path, source: Source) -> str:
     for path in sorted(directory.glob("*.py")):
         if path.read_text(encoding="utf-8") == source.text:
             return path.name
-    stem = "".join(c if c.isalnum() or c in "_-" else "_" for c in source.name)[:60]
+    stem = "".join(c if c.isalnum() or c in "_-" else "_" for c in source.name).strip("_")[:60] or "source"
     number = 1
     while (path := directory / (f"{stem}.py" if number == 1 else f"{stem}.{number}.py")).exists():
         number += 1

@@ -77,6 +77,15 @@ own = keel.task_env(rows, reward="exact_match")
 keel.rollout({**config, "model": {"path": str(run.weights())}}, env=own, num_tasks=1, with_learner=False)
 """
 
+EXPORTED = """
+from keel.export import export_run
+from transformers import AutoModelForCausalLM
+exported = export_run(run)
+model = AutoModelForCausalLM.from_pretrained(exported.path)
+print(model.generate(input_ids=model.dummy_inputs["input_ids"][:1] % 300, max_new_tokens=3, do_sample=False).shape)
+exported
+"""
+
 RESUMED = """
 text = run.config_text.replace("steps = 2 ", "steps = 3 ", 1)
 (run.path / "config.toml").write_text(text)
@@ -93,11 +102,12 @@ CELLS = {
     "record": "run.step(1)",
     "evaluate": "keel.evaluate(run, **objects, num_tasks=3, attempts=2)",
     "report": "print(keel.report.write_report(run.path))",
+    "export": EXPORTED,
     "own data": OWN_DATA,
     "resumed": RESUMED,
 }
 ELEMENTS = "div strong b p pre table tbody tr th td span ul li details summary code br small"
-SHOWN = ("rollout", "train", "run", "record", "evaluate", "own data", "resumed")
+SHOWN = ("rollout", "train", "run", "record", "evaluate", "export", "own data", "resumed")
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +189,9 @@ def test_the_report_was_written(executed):
     page = (path / "run" / "report.html").read_text()
     assert re.search(r'<script type="application/json" id="keel-data">', page)
     assert "<script>alert" not in page
+
+
+def test_the_export_generates_in_plain_transformers(executed):
+    path, outputs = executed
+    assert re.search(r"torch.Size\(\[1, \d+\]\)", printed(outputs["export"]))
+    assert [item.name for item in (path / "run" / "export").iterdir()] == ["000002"]

@@ -132,6 +132,7 @@ def test_a_config_is_the_same_as_object_file_and_mapping(tmp_path):
     assert all(config == read[0] for config in read)
     with configured(mapping) as config:
         assert config == read[0]
+    assert read_config("quickstart")[0] == keel.load_config("quickstart")
 
 
 @pytest.mark.parametrize(
