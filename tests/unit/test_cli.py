@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from keel import cli, config_load
 from keel.config import TrainConfig
 from keel.config_docs import as_markdown
 from keel.monitor.runlog import RunSummary
+from keel.plugins import PluginError
+from keel.rollouts.collector import RolloutError
 
 
 def run_keel(*arguments, cwd=None):
@@ -85,7 +88,7 @@ def test_the_reference_page_can_be_printed():
     assert run_keel("config", "--markdown").stdout == as_markdown()
 
 
-@pytest.mark.parametrize(("state", "code"), [("completed", 0), ("stopped", cli.EXIT_STOPPED)])
+@pytest.mark.parametrize(("state", "code"), [("completed", 0), ("stopped", 4), ("interrupted", 130)])
 def test_a_stopped_run_does_not_exit_as_done(monkeypatch, tmp_path, state, code):
     final = {"step": 6, "success": 0.75, "success_low": 0.5, "success_high": 0.875, "num_tasks": 512.0}
     seconds = {"eval": 65.0}
@@ -106,8 +109,43 @@ def test_an_interruption_exits_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", interrupted)
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    assert caught.value.code == cli.EXIT_INTERRUPTED
+    assert caught.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_has_the_exit_codes_of_the_page_about_the_loop():
+    shown = CliRunner().invoke(cli.app, ["--help"]).output.partition("Exit codes:")[2].splitlines()
+    told = {line.split()[0]: " ".join(line.split()[1:]) for line in shown if line.strip()[:1].isdigit()}
+    page = (Path(keel.__file__).parents[1] / "docs" / "loop.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.partition("| exit code |")[2].splitlines()[2:]]
+    documented = {row[0]: row[1] for row in rows[: len(told)]}
+    assert list(told) == list(documented) == ["0", "1", "2", "3", "4", "130"]
+    assert all(documented[code].startswith(text.partition(" (")[0][:40]) for code, text in told.items())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (PluginError("raised late"), 2, "raised late\n"),
+        (RolloutError("all 8 episodes failed\x1b[31m"), 1, "all 8 episodes failed\\x1b[31m\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "no space left: "),
+        (MemoryError(), 1, "out of memory: "),
+        (KeyError("a fault of Keel's"), 1, "Traceback (most recent call last):\n"),
+    ],
+    ids=["plugin", "rollout", "disk", "memory", "bug"],
+)
+def test_every_error_is_told_at_the_border(monkeypatch, capsys, error, code, told):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == code
+    shown = capsys.readouterr().err
+    assert shown.startswith(told)
+    assert ("Traceback" in shown) == told.startswith("Traceback")
+    assert "\x1b" not in shown
 
 
 def test_a_tiny_model_is_an_ordinary_checkpoint_and_can_be_planned_for(tmp_path):
