@@ -107,7 +107,9 @@ class EvaluationResult:
         rows.append(("tasks", f"{self.num_tasks}{attempts}, temperature {self.temperature:g}"))
         if self.success is not None:
             rows.append(("success", _percent(self.success)))
-        rows += [(f"pass@{k}", _percent(found)) for k, found in self.pass_at_k.items() if self.attempts > 1]
+        rows += [
+            (f"pass@{k}", _percent(found)) for k, found in self.pass_at_k.items() if k > 1
+        ]  # pass@1 is the success
         rows.append(("reward", _plain(self.reward)))
         kept = self.num_episodes - self.failed
         rows += [

@@ -17,6 +17,7 @@ from keel.types import UserFault
 Row = dict[str, Any]
 SCAN_ROWS = 4096  # rows of an Arrow table turned into Python values at once
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti")
+_EVAL_SPLITS = ("test", "validation", "eval")
 _INSTALL = "pip install 'keel-rl[data]'"
 
 
@@ -131,6 +132,17 @@ def open_rows(data: Any, columns: Sequence[str] | None, *, name: str = "data") -
     if len(rows) == 0:
         raise DataError(f"{rows.name} has no rows; there is nothing to make tasks of")
     return rows
+
+
+def both_splits(data: Any, eval_data: Any) -> tuple[Any, Any]:
+    """`data` and `eval_data`, taken out of a mapping of splits if it is one. Raises DataError."""
+    if not isinstance(data, Mapping):
+        return data, eval_data
+    if "train" not in data:
+        raise DataError(f'a mapping of splits needs "train"; got {", ".join(map(str, data)) or "nothing"}')
+    if eval_data is None:
+        eval_data = next((data[name] for name in _EVAL_SPLITS if name in data), None)
+    return data["train"], eval_data
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:

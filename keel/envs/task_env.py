@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, get_args
 
 from keel.envs.base import Demonstration, NoDemonstrationsError, Step
 from keel.envs.base import Split as SplitName
 from keel.envs.calls import call_with_timeout
 from keel.envs.prompts import Prompt, PromptFunction
-from keel.envs.rows import DataError, open_rows
+from keel.envs.rows import DataError, both_splits, open_rows
 from keel.envs.task_split import OnBadRow, Split, columns_of, split_as_given, split_by_content
 from keel.envs.threads import HangingCallsError
 from keel.envs.tool_env import OnMalformed, ToolEnv
@@ -41,7 +43,6 @@ from keel.types import Message, Task, Trajectory
 
 Success = float | str | Callable[[Trajectory, Task], bool] | None
 _NO_LIMIT_S = 1e6  # the episode has a limit of its own for all of the judging (env.step_timeout_s)
-_EVAL_SPLITS = ("test", "validation", "eval")
 
 
 def task_env(  # noqa: PLR0913 (a knob each, and all but the data by name)
@@ -98,6 +99,8 @@ class TaskEnvFactory:
         self._options = dict(options)
         self._prompt, self._parts, self._split = _loaded(**options)
         self.functions = _functions(**options)
+        # What a config, and so a report, calls it: keel:task_env(train.jsonl).<object>
+        self.__module__, self.__qualname__ = "keel", f"task_env({_name_of(options['data'])})"
         self()  # tools that cannot be tools are refused now, not in the first episode
 
     def __call__(self) -> TaskEnv:
@@ -239,7 +242,7 @@ def _loaded(
         raise DataError(f"on_bad_row is 'refuse' or 'skip'; got {on_bad_row!r}")
     if isinstance(columns, str):
         raise DataError(f"columns is a list of names; got the text {columns!r}")
-    data, eval_data = _both_splits(data, eval_data)
+    data, eval_data = both_splits(data, eval_data)
     rows = open_rows(data, columns)
     made = Prompt(prompt, system, columns_of(rows))
     parts = _parts(reward, answer, made)
@@ -261,15 +264,8 @@ def _functions(*, reward: Any, prompt: Any, success: Any, tools: Sequence[Any], 
     return tuple(function for function in (prompt, *rewards, success, *made) if callable(function))
 
 
-def _both_splits(data: Any, eval_data: Any) -> tuple[Any, Any]:
-    """`data` and `eval_data`, taken out of a mapping of splits if it is one."""
-    if not isinstance(data, Mapping):
-        return data, eval_data
-    if "train" not in data:
-        raise DataError(f'a mapping of splits needs "train"; got {", ".join(map(str, data)) or "nothing"}')
-    if eval_data is None:
-        eval_data = next((data[name] for name in _EVAL_SPLITS if name in data), None)
-    return data["train"], eval_data
+def _name_of(data: Any) -> str:
+    return re.sub(r"[^\w.-]", "_", Path(data).name) if isinstance(data, str | Path) else "data"
 
 
 def _parts(reward: Rewards | None, answer: str, prompt: Prompt) -> tuple[RewardPart, ...]:

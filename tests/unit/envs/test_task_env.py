@@ -24,6 +24,7 @@ from keel.envs.load import env_factory
 from keel.envs.rows import DataError
 from keel.envs.task_env import TaskEnvFactory, task_env
 from keel.envs.tools import ToolDeclarationError
+from keel.plugins import name_of
 from keel.rewards import exact_match
 from keel.rewards.base import RewardError, Score
 from keel.rewards.parts import RewardDeclarationError
@@ -537,6 +538,12 @@ def test_a_config_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig.model_validate({"env": {"id": "own_env:env"}})
     assert check_plugins(config, str) == []  # type: ignore[arg-type]
     assert len(env_factory(EnvConfig(id="own_env:env"))().tasks("eval")) == 20
+
+
+def test_a_config_calls_it_by_its_data(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "my <rows>:1.jsonl", [json.dumps(row) for row in ROWS])
+    assert name_of(task_env(path)) == "keel:task_env(my__rows__1.jsonl).<object>"
+    assert name_of(pickle.loads(pickle.dumps(task_env(ROWS)))) == "keel:task_env(data).<object>"
 
 
 def test_its_own_functions_can_be_found() -> None:
