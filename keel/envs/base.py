@@ -84,7 +84,10 @@ class Env:
         raise NotImplementedError(f"{type(self).__name__} needs a method step(self, reply)")
 
     def judge(self, trajectory: Trajectory, task: Task) -> Score | Awaitable[Score]:  # noqa: ARG002
-        """Score a finished episode as a whole, a truncated one too; added to what `step` gave."""
+        """Score a finished episode as a whole, a truncated one too; added to what `step` gave.
+
+        Not asked of demonstrations, whose rewards nobody learns from.
+        """
         return Score(0.0)
 
     def demonstrations(self, count: int, *, seed: int, start: int) -> Sequence[Demonstration]:  # noqa: ARG002

@@ -94,7 +94,7 @@ async def run_episode(
             await engine.end_session(attempt.name)
         activity.leave(attempt.name)
     trajectory = episode.trajectory()
-    if type(env).judge is Env.judge:
+    if getattr(type(env), "judge", Env.judge) is Env.judge:  # an environment need not be a subclass
         return trajectory
     return await add_reward(trajectory, env.judge, timeout_s=settings.step_timeout_s)
 
