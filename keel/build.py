@@ -37,7 +37,6 @@ from keel.learner.base import LearnerLike
 from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
-from keel.models.info import require_model
 from keel.models.policy import PolicyModel
 from keel.monitor.progress import ChildProcess, Watched
 from keel.monitor.rules import Monitor, make_monitor
@@ -232,9 +231,8 @@ def prepare(config: TrainConfig, env: EnvSource | None) -> EnvFactory:
 def starting_model(config: TrainConfig, factory: EnvFactory, root: Path) -> ModelConfig:
     """The `[model]` section with a `path` that can be loaded; a tiny model is built below the run directory, once."""
     if not config.model.tiny.preset:
-        model = config.model
-        require_model(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        return model
+        read_model_config(config.model)  # told in words if it cannot be read
+        return config.model
     path = root / "model"
     if not path.exists():
         unfinished = root / "model.tmp"

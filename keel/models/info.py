@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from keel.models.adapter_files import base_model
-from keel.types import UserFault
-
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -57,34 +55,6 @@ def model_info(config: Any) -> ModelInfo:
         top_k=_first(config, "num_experts_per_tok", "moe_top_k") if num_experts else 0,
         num_moe_layers=_num_moe_layers(config, num_layers) if num_experts else 0,
     )
-
-
-class ModelPathError(UserFault, ValueError):
-    """`model.path` names nothing that can be loaded; says what, got and fix."""
-
-
-def require_model(path: str, *, revision: str = "", trust_remote_code: bool = False) -> None:
-    """Raise ModelPathError unless `path` is a directory or a hub id with a configuration that can be read.
-
-    Of an adapter its base is looked at; raises AdapterError if it names none.
-    """
-    from transformers import AutoConfig
-
-    path, revision = base_model(path, revision)
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ModelPathError(
-            f"model.path = {path!r} holds no model: there is no config.json in it; give a directory that "
-            "save_pretrained wrote, or the `weights` of a checkpoint"
-        )
-    try:
-        AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelPathError(
-            f"model.path = {path!r} is no directory here, and no model that can be loaded from the hub: {reason}"
-            if not Path(path).exists()
-            else f"model.path = {path!r} cannot be loaded: {reason}"
-        ) from error
 
 
 def load_info(path: str | Path, *, trust_remote_code: bool = False) -> ModelInfo:

@@ -89,8 +89,6 @@ def assert_nothing_leaks(tmp_path: Path, done: subprocess.CompletedProcess[str])
             "made a str; it must make a keel.envs.base.Env",
             id="late_plugin",
         ),
-        pytest.param("model.path=no/such-model", 2, "model.path = 'no/such-model' is no directory here", id="model"),
-        pytest.param("model.path=.", 2, "there is no config.json in it", id="model_directory"),
         pytest.param(
             "env.id=fault_world:AlwaysFails",
             1,
@@ -106,6 +104,15 @@ def test_a_fault_that_explains_itself_has_no_traceback(run_keel, tmp_path, setti
     assert "Traceback" not in done.stderr
     assert status_of(tmp_path)["state"] == "failed"
     assert_nothing_leaks(tmp_path, done)
+
+
+@pytest.mark.parametrize("path", ["no/such-model", ".", "run.toml"])
+def test_a_model_path_that_is_no_model_is_told_before_anything_is_written(run_keel, tmp_path, path):
+    done = run_keel(f"model.path={path}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("model.path")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_fault_of_code_is_shown_where_it_arose(run_keel, tmp_path):

@@ -17,6 +17,7 @@ from keel.chat.base import Reply
 from keel.envs.base import Env, Step
 from keel.loop import train
 from keel.models.tiny import build_tiny_model, build_tiny_tokenizer
+from keel.monitor.rows import read_rows
 from keel.types import Message, Task
 
 HUNG_TASK = "t3"
@@ -71,8 +72,7 @@ def play(tmp_path: Path, model_path: Path, make_config: Callable[..., Any]) -> C
 
 def told(run_dir: Path, needle: str) -> tuple[str, dict[str, Any]] | None:
     """The dump that holds `needle` and its alarm's row, once both are there. A slow machine may stall before, too."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
+    for row in read_rows(run_dir / "metrics.jsonl"):
         if row["kind"] == "alarm" and row["rule"] == "stall":
             text = Path(row["text"].rpartition(" in ")[2]).read_text()
             if needle in text:
@@ -126,7 +126,7 @@ def test_every_process_shows_its_stacks(play, tmp_path):
         lambda: wait_until_told(tmp_path / "run", here), engine={"process": "separate"}, learner={"ranks": 2}
     )
     text, _ = told(run_dir, here)
-    for name, function in (("engine", "serve"), ("learner rank 0", "run_rank"), ("learner rank 1", "run_rank")):
+    for name, function in (("engine", "run_worker"), ("learner rank 0", "run_rank"), ("learner rank 1", "run_rank")):
         part = text.partition(f"== {name}, process ")[2].partition("\n== ")[0]
         assert function in part, text
 
