@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from keel.models.adapter_files import base_model
 
 @dataclass(frozen=True)
 class ModelInfo:
