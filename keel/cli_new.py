@@ -119,7 +119,7 @@ def rows_starter(name: str, data: Path, prompt: str, answer: str) -> Starter:
     answer = answer or ANSWER
     if has_answer:  # once more, with the reward that the file will have: every row must be fit for it
         found = keel.task_env(str(data), prompt=prompt or None, answer=answer, reward="exact_match")
-    rows_name = f"rows{data.suffix or '.jsonl'}"
+    rows_name = "rows.parquet" if data.suffix == ".parquet" else "rows.jsonl"
     values = {
         "env": "env",
         "imports": "" if has_answer else "from keel.rewards.answers import final_answer\n",

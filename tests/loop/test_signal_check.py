@@ -102,10 +102,8 @@ def test_why_there_is_no_signal(config, env, cause):
     assert len(found.trajectories) == 8
     if env is Gone:
         reason, count = found.reasons("failed")[0]
-        assert (reason.partition(" (")[0], count) == (
-            "env_error: step() raised ConnectionError: the sandbox is gone",
-            8,
-        )
+        told = "env_error: step() raised ConnectionError: the sandbox is gone"
+        assert (reason.partition(" (")[0], count) == (told, 8)
         assert found.projection.step_s is None
 
 
