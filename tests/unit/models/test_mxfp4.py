@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from keel.batch import pack
+from keel.config import LoraConfig
 from keel.models import mxfp4
 from keel.models.policy import PolicyModel
 from keel.models.tiny import build_tiny_model
@@ -100,11 +101,18 @@ def test_every_weight_is_what_the_specification_says(quantized, dtype):
     assert {buffer.dtype for buffer in frequencies} == {torch.float32}
 
 
-def test_what_is_saved_is_whole_and_plain_bfloat16(quantized, tmp_path, make_groups):
-    policy = PolicyModel.load(quantized[0], dtype="bfloat16")
+@pytest.mark.parametrize("how", ["as it is", "gathered", "merged"])
+def test_what_is_saved_is_whole_and_plain_bfloat16(quantized, tmp_path, make_groups, how):
+    """Changed weights, as one rank or several hand them over, or an adapter merged into them."""
+    lora = LoraConfig(rank=2) if how == "merged" else None
+    policy = PolicyModel.load(quantized[0], dtype="bfloat16", lora=lora)
     with torch.no_grad():
-        policy.model.model.layers[0].mlp.experts.down_proj[0, 0, 0] += 1.0
-    policy.save(tmp_path)
+        for name, parameter in policy.trained_parameters().items():
+            if "lora_B" in name or name.endswith("layers.0.mlp.experts.down_proj"):
+                parameter += 1.0
+    if how == "merged":
+        policy.merge_adapter()
+    policy.save(tmp_path, state_dict=policy.model.state_dict() if how == "gathered" else None)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", output_loading_info=True)
     assert not info["missing_keys"]
@@ -115,7 +123,9 @@ def test_what_is_saved_is_whole_and_plain_bfloat16(quantized, tmp_path, make_gro
     (micro_batch,) = pack(make_groups(1, 2), max_tokens=10_000).micro_batches
     reloaded = PolicyModel.load(tmp_path, dtype="bfloat16")
     with torch.no_grad():
-        assert torch.equal(reloaded(micro_batch).logprobs, policy(micro_batch).logprobs)
+        got, want = reloaded(micro_batch).logprobs, policy(micro_batch).logprobs
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())  # the extreme scales overflow in both
+    assert bool(torch.isfinite(want).any())
 
 
 def test_weights_quantized_in_another_way_are_refused(quantized, tmp_path):
