@@ -18,6 +18,7 @@ from keel.given import ConfigSource, configured, read_config
 from keel.monitor.rows import write_json
 from keel.rollouts.store import write_trajectories
 from keel.runs import Run, load_run
+from keel.secrecy import refuse_secrets, scrubbed_values
 from keel.types import Trajectory, UserFault
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def evaluate(  # noqa: PLR0913 (a knob each, and all but the first by name)
     `json_file` is written with figures, config and outcomes; `save` is a directory for the trajectories, tokens
     included; `record` puts the same JSON into the run's `evaluations/`, where its report shows it.
 
-    Raises EvaluationError, ConfigError, PluginError, RunDirectoryError; RolloutError if every attempt failed.
+    Raises EvaluationError, ConfigError, PluginError, RunDirectoryError, SecretError (of a config that would be kept);
+    RolloutError if every attempt failed.
     """
     options = {"num_tasks": num_tasks, "attempts": attempts, "k": k, "temperature": temperature, "seed": seed}
     given = [f"eval.{name}={toml_value(value)}" for name, value in options.items() if value is not None]
@@ -83,10 +85,12 @@ def evaluate(  # noqa: PLR0913 (a knob each, and all but the first by name)
     with configured(evaluated.config, env=env, reward=reward, needs=NEEDED, learns=False) as config:
         from keel.build import build_sampler
 
+        if json_file is not None or record:
+            refuse_secrets(_recorded_sections(config))
         with build_sampler(config, None) as collector:
             trajectories = play(collector, config.eval)
         result = summarize_as(trajectories, config.eval, model=_name_of(evaluated, config), env=config.env.id)
-        written = {**_facts(evaluated, config, began), **result.to_json()}
+        written = scrubbed_values({**_facts(evaluated, config, began), **result.to_json()})
     if save is not None:
         _save_trajectories(Path(save), trajectories)
     if json_file is not None:
@@ -197,7 +201,6 @@ def _name_of(evaluated: Evaluated, config: TrainConfig) -> str:
 
 def _facts(evaluated: Evaluated, config: TrainConfig, began: float) -> dict[str, Any]:
     """What a result is worth nothing without: what was evaluated, how, by which Keel, when."""
-    dumped = config.model_dump(mode="json")
     return {
         "kind": "evaluation",
         "keel_version": keel.__version__,
@@ -205,8 +208,12 @@ def _facts(evaluated: Evaluated, config: TrainConfig, began: float) -> dict[str,
         "seconds": time.time() - began,
         "run": "" if evaluated.run is None else evaluated.run.resolve().name,
         "checkpoint": evaluated.checkpoint,
-        "config": {name: dumped[name] for name in RECORDED_SECTIONS},
+        "config": _recorded_sections(config),
     }
+
+
+def _recorded_sections(config: TrainConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", include=set(RECORDED_SECTIONS))
 
 
 def _save_trajectories(directory: Path, trajectories: Sequence[Trajectory]) -> None:

@@ -14,6 +14,7 @@ from keel.cli import app
 from keel.config_problems import ConfigError
 from keel.evaluation import EvaluationError
 from keel.rollouts.store import read_trajectories
+from keel.secrecy import SecretError
 from keel.types import Task, Trajectory
 
 ROWS = [{"question": f"Which letter, {letter}?", "answer": letter} for letter in "abcdefghijklmnopqrstuvwxyz"] * 2
@@ -120,6 +121,15 @@ def test_what_cannot_be_evaluated_is_told(run: Path) -> None:
         keel.evaluate(keel.load_run(run).weights(), env=own)
     with pytest.raises(EvaluationError, match="give the run"):
         keel.evaluate(keel.load_run(run).weights(), env=own, num_tasks=1, record=True)
+
+
+def test_no_secret_is_written(run: Path, tmp_path: Path) -> None:
+    secret = ["env.options.instructions=hf_4f9aQ0zL1mN2bV3cX5" + "Zr7" * 6]
+    with pytest.raises(SecretError, match=r"env\.options\.instructions"):
+        keel.evaluate(
+            run, env="CalculatorEnv", num_tasks=2, sets=["env.id=CalculatorEnv", *secret], json_file=tmp_path / "a"
+        )
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_command_tells_the_same(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
