@@ -206,6 +206,8 @@ def _finish(summary: RunSummary) -> None:
             print(f"held-out success {name}: {shares[0]} (95 % interval {shares[1]} to {shares[2]}, {tasks} tasks)")
     if summary.seconds:
         print("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()))
+    if summary.alarms:
+        print("alarms: " + ", ".join(f"{rule} {count}" for rule, count in summary.alarms.items()))
     ending = f"{summary.state}: {summary.run_dir}" + (f" ({summary.reason})" if summary.reason else "")
     print(printable(scrubbed(ending)))
     if summary.state == "stopped":

@@ -91,14 +91,14 @@ def test_the_reference_page_can_be_printed():
 @pytest.mark.parametrize(("state", "code"), [("completed", 0), ("stopped", 4), ("interrupted", 130)])
 def test_a_stopped_run_does_not_exit_as_done(monkeypatch, tmp_path, state, code):
     final = {"step": 6, "success": 0.75, "success_low": 0.5, "success_high": 0.875, "num_tasks": 512.0}
-    seconds = {"eval": 65.0}
-    summary = RunSummary(run_dir="runs/x", state=state, reason="loss is nan", eval={"final": final}, seconds=seconds)
+    found = {"eval": {"final": final}, "alarms": {"no_signal": 2}, "seconds": {"eval": 65.0}}
+    summary = RunSummary(run_dir="runs/x", state=state, reason="loss is nan", **found)
     monkeypatch.setattr("keel.loop.resume", lambda _: summary)
     result = CliRunner().invoke(cli.app, ["resume", str(tmp_path)])
     assert result.exit_code == code
     assert result.output == (
         "held-out success final: 75.0 % (95 % interval 50.0 % to 87.5 %, 512 tasks)\n"
-        f"time: eval 1 min 05 s\n{state}: runs/x (loss is nan)\n"
+        f"time: eval 1 min 05 s\nalarms: no_signal 2\n{state}: runs/x (loss is nan)\n"
     )
 
 
