@@ -130,6 +130,13 @@ class Run:
             for row in self.rows_of("eval")
         ]
 
+    @cached_property
+    def recorded_evaluations(self) -> list[dict[str, Any]]:
+        """What `keel eval --record` put into RUN/evaluations, by file name: `name`, `checkpoint`, `model`, `env`,
+        `unix_s`, `attempts`, and metrics as in `evaluations`. The run's own evaluations are not among them."""
+        found = [self._json(item) for item in self._items(self.path / "evaluations") if item.suffix == ".json"]
+        return [_flat(value) for value in found if value]
+
     @property
     def alarms(self) -> list[dict[str, Any]]:
         """Alarm rows in order: `rule`, `severity`, `text`, `stage`, `step`, `train_step`, `first_step`."""
@@ -273,6 +280,19 @@ def _is_sound(trajectory: Trajectory) -> bool:
         and all(isinstance(value, (int, float)) for value in numbers)
         and isinstance(trajectory.task.data, Mapping)
     )
+
+
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded evaluation in the shape of a row: an estimate becomes `name`, `name_low` and `name_high`."""
+    passed = value.get("pass_at_k")
+    estimates = {name: value.get(name) for name in ("reward", "success")}
+    estimates |= {f"pass@{k}": each for k, each in passed.items()} if isinstance(passed, dict) else {}
+    row = {key: item for key, item in value.items() if isinstance(item, (str, int, float))}
+    for name, estimate in estimates.items():
+        if isinstance(estimate, dict) and estimate.get("value") is not None:
+            row[name] = estimate["value"]
+            row |= {f"{name}_{end}": estimate[end] for end in ("low", "high") if estimate.get(end) is not None}
+    return row
 
 
 def _is_number(name: str) -> bool:

@@ -18,7 +18,7 @@ import pytest
 from keel.batch import pack
 from keel.config import EnvConfig, LogConfig, TrainConfig
 from keel.monitor.printable import printable
-from keel.monitor.rows import RunDirectoryError
+from keel.monitor.rows import RunDirectoryError, write_json
 from keel.monitor.rules import Alarm
 from keel.monitor.runlog import RunLog, RunSummary
 from keel.records import step_streams
@@ -213,6 +213,26 @@ def test_a_step_that_was_not_kept_is_told_with_those_that_were(run):
     assert run.steps == [1]
     with pytest.raises(RunDirectoryError, match="not recorded"):
         run.trajectories(1)
+
+
+def test_recorded_evaluations_read_as_rows_and_a_broken_one_is_told_of(run):
+    assert run.recorded_evaluations == []
+    directory = run.path / "evaluations"
+    directory.mkdir()
+    wilson = {"value": 0.5, "low": 0.25, "high": 0.75, "num_tasks": 4}
+    point = {"value": 1.0, "low": None, "high": None, "num_tasks": 4}
+    whole = {"name": "000006", "attempts": 2, "success": wilson, "reward": point, "pass_at_k": {"2": wilson}}
+    write_json(directory / "000006.json", {**whole, "tasks": [{"task_id": "a"}], "config": {"env": {}}})
+    write_json(directory / "000007.json", {"name": 7, "success": 5, "reward": {}, "pass_at_k": [1]})
+    (directory / "000008.json").write_text("{")
+    again = load_run(run.path)
+    first, second = again.recorded_evaluations
+    names = {"success": 0.5, "success_low": 0.25, "success_high": 0.75, "reward": 1.0}
+    passed = {"pass@2": 0.5, "pass@2_low": 0.25, "pass@2_high": 0.75}
+    assert first == {"schema_version": 1, "name": "000006", "attempts": 2, **names, **passed}
+    assert second == {"schema_version": 1, "name": 7, "success": 5}
+    assert len(again.problems) == 1
+    assert "000008.json" in again.problems[0]
 
 
 @pytest.mark.parametrize(("name", "text"), [("missing", "not a directory"), ("empty", "config.toml")])
