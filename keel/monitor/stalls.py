@@ -21,6 +21,7 @@ import psutil
 from keel.monitor.live import duration
 from keel.monitor.printable import printable
 from keel.monitor.progress import ChildProcess, Progress
+from keel.secrecy import scrubbed
 
 ANSWER_TIMEOUT_S = 3.0
 """Seconds that a process is given to write its stacks; one that was stopped never does."""
@@ -59,8 +60,8 @@ def write_stall(directory: Path, progress: Progress, still_s: float, component: 
     path = next(path for number in range(1, 1000) if not (path := directory / f"{stamp}{_suffix(number)}.txt").exists())
     with path.open("w", encoding="utf-8") as file:
         file.write(f"nothing has moved for {duration(still_s)}\n")
-        file.write(f"waits for: {printable(component, limit=4000)}\n")
-        file.write(f"at: {printable(progress.told(), limit=4000)}\n")
+        file.write(f"waits for: {printable(scrubbed(component), limit=4000)}\n")
+        file.write(f"at: {printable(scrubbed(progress.told()), limit=4000)}\n")
         _write_own(file)
         for child in progress.watched.processes():
             _write_child(file, child)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
+from keel.secrecy import scrubbed
 from keel.types import Group, Trajectory
 
 MAX_NAME = 80
@@ -94,7 +95,7 @@ def column_name(kind: str, name: str) -> str:
 
     A name that had to be changed ends in a hash of itself: two never become one. "reward/mean" is the run's own.
     """
-    plain = _NOT_PLAIN.sub("_", name)[:MAX_NAME]
+    plain = _NOT_PLAIN.sub("_", scrubbed(name))[:MAX_NAME]
     if plain == name and plain and f"{kind}/{plain}" != "reward/mean":
         return f"{kind}/{plain}"
     digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()

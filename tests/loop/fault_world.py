@@ -41,6 +41,25 @@ class AlwaysFails(Fine):
         raise ValueError(f"the world broke {ESCAPE} with {os.environ.get('PLANTED_API_KEY')}")
 
 
+class Leaks(Fine):
+    """Tells its key wherever it can: to the model, as a name, and in every other error."""
+
+    def reset(self, task: Task) -> Sequence[Message]:
+        self.odd = int(task.id[1:]) % 2
+        return [Message("user", f"Use {os.environ['PLANTED_API_KEY']}.")]
+
+    def step(self, reply: Reply) -> Step:
+        key = os.environ["PLANTED_API_KEY"]
+        if self.odd:
+            raise ValueError(f"401 for {key}")
+        return Step((), reward=float(len(reply.text) % 3), done=True, metrics={key: 1.0}, reward_parts={key: 1.0})
+
+
+class Keyed(Fine):
+    def __init__(self, *, api_key: str) -> None:
+        self.api_key = api_key
+
+
 def not_an_environment() -> str:
     return "an environment"
 

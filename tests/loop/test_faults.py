@@ -124,6 +124,23 @@ def test_a_fault_of_code_is_shown_where_it_arose(run_keel, tmp_path):
     assert_nothing_leaks(tmp_path, done)
 
 
+def test_a_key_is_in_no_file_of_a_run(run_keel, tmp_path):
+    done = run_keel("env.id=fault_world:Leaks", "steps=1", "rollout.groups_per_step=8", "eval.num_tasks=4")
+    assert done.returncode == 0, done.stderr
+    assert_nothing_leaks(tmp_path, done)
+    told = (tmp_path / "run" / "trajectories" / "000000.jsonl").read_text()
+    assert '"content": "Use [secret PLANTED_API_KEY]."' in told
+    assert "401 for [secret PLANTED_API_KEY]" in told
+
+
+def test_a_config_with_a_key_is_refused_before_anything_is_written(run_keel, tmp_path):
+    done = run_keel(f"env.options={{api_key = '{SECRET}'}}", "env.id=fault_world:Keyed")
+    assert done.returncode == 2
+    assert "env.options.api_key looks like a secret" in done.stderr
+    assert SECRET not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_place_of_any_fault_can_be_asked_for(run_keel):
     assert "in _make" in run_keel("env.id=fault_world:not_an_environment", KEEL_DEBUG="1").stderr
 
