@@ -34,6 +34,7 @@ class SlotCache:
     keys: list[torch.Tensor]  # per layer [slots + 2, K, cap, D]
     values: list[torch.Tensor]  # per layer [slots + 2, K, cap, D]
     routes: torch.Tensor | None  # [slots + 2, cap, moe layers, k] int16: unsigned 16 bit, which torch cannot index
+    is_held: bool = True  # whether there is storage behind keys and values
 
     @classmethod
     def allocate(
@@ -69,12 +70,9 @@ class SlotCache:
         """What keys and values take while they are held; routes are small."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    @property
-    def is_held(self) -> bool:
-        return all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in (*self.keys, *self.values))
-
     def release(self) -> None:
         """Give the storage back; what was in it is gone. The tensors stay, without anything behind them."""
+        self.is_held = False
         for tensor in (*self.keys, *self.values):
             tensor.untyped_storage().resize_(0)
 
@@ -85,6 +83,7 @@ class SlotCache:
         for tensor in (*self.keys, *self.values):
             tensor.untyped_storage().resize_(tensor.nbytes)
             tensor.zero_()
+        self.is_held = True
 
     def write_rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Where the keys of a pass's rows go: `[T * K]` indices into a layer seen as `[(slots + 2) * K * cap, D]`."""

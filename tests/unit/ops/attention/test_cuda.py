@@ -12,7 +12,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from keel.ops.attention import AttentionBackendError, Span, build_layout, layout_attention, packed_layout
+from keel.ops.attention import (
+    AttentionBackendError,
+    Span,
+    build_layout,
+    dense_attention,
+    layout_attention,
+    packed_layout,
+)
 from keel.ops.attention import cuda as cuda_backend
 from keel.ops.attention.function import BACKENDS
 
@@ -124,6 +131,16 @@ def test_what_the_kernels_are_told_gives_the_dense_twins_values_and_gradients(on
     for name, (got, want) in zip(("out", "dq", "dk", "dv", "ds"), pairs, strict=True):
         # lse is handed over in float32, as the kernel keeps it.
         assert (got - want).abs().max() < (1e-12 if name == "out" else 1e-5), name
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_row_that_sees_nothing_is_zero_and_minus_infinity(on_the_cpu, name):
+    layout = build_layout(tuple(Span(*span) for span in PARTS[name]), 7, 40, 90)
+    q, k, v = (torch.randn(rows, heads, SIZE).double() for rows, heads in ((40, HEADS), (90, KV_HEADS), (90, KV_HEADS)))
+    out, lse = cuda_backend.forward(q, k, v, layout, SCALE)
+    twin, twin_lse = dense_attention(q, k, v, None, layout, SCALE)
+    assert torch.equal(lse == -math.inf, twin_lse == -math.inf)
+    assert torch.equal(out == 0, twin == 0)
 
 
 def test_what_was_said_of_determinism_before_stands_again(on_the_cpu):
