@@ -16,7 +16,15 @@ ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins", "keel.secrecy"}
 """Floor 0 of the plan (and the bare package, for its version)."""
 CONFIG_FILES = {f"keel.{path.stem}" for path in ROOT.glob("config*.py")} | {"keel.types", "keel.plugins"}
 FLOOR_FOUR = {"keel.loop", "keel.build", "keel.records", "keel.recipes", "keel.evaluation", "keel.quickstart"}
-FLOOR_FOUR |= {"keel.tiny_start", "keel.plan", "keel.signal_check", "keel.signal_result", "keel.preflight", "keel.replay", "keel.bench"}
+FLOOR_FOUR |= {
+    "keel.tiny_start",
+    "keel.plan",
+    "keel.signal_check",
+    "keel.signal_result",
+    "keel.preflight",
+    "keel.replay",
+    "keel.bench",
+}
 FLOOR_FOUR |= {"keel.device", "keel.plan_memory", "keel.evaluation_result"}
 LIGHT = {"pydantic", "rich", "tomlkit", "psutil"}
 
