@@ -189,3 +189,33 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
         report_data(tmp_path)
     with pytest.raises(RunDirectoryError, match="not a directory"):
         report_data(tmp_path / "nothing")
+
+
+def test_evaluations_recorded_later_are_told_of_and_change_no_verdict(named_run, tmp_path):
+    run = shutil.copytree(named_run("small"), tmp_path / "run")
+    before = report_data(run, **LESS)
+    (run / "evaluations").mkdir()
+    success = {"value": 0.25, "low": 0.125, "high": 0.5, "num_tasks": 40}
+    whole = {
+        "schema_version": 1,
+        "name": "000006",
+        "model": "run",
+        "env": next(iter(HOSTILE.values())),
+        "num_tasks": 40,
+    }
+    for number, extra in enumerate(
+        ({"success": success}, {"reward": {"value": -0.5}}, {"success": "all", "unix_s": []})
+    ):
+        text = json.dumps({"unix_s": 10.0 - number, **whole, **extra})
+        (run / "evaluations" / f"{number}.json").write_text(text)
+    (run / "evaluations" / "broken.json").write_text("{")
+    after = report_data(run, **LESS)
+    told = [note for note in after["verdict"]["notes"] if note.startswith("Evaluated afterwards (000006): run on ")]
+    assert [note.rpartition(": ")[2] for note in told] == [
+        "nothing.",
+        "reward -0.5.",
+        "success 25.0 % (95 % interval 12.5 % to 50.0 %).",
+    ]
+    assert any("broken.json" in note for note in after["verdict"]["notes"])
+    assert after["evaluations"] == before["evaluations"]
+    assert {**after["verdict"], "notes": []} == {**before["verdict"], "notes": []}
