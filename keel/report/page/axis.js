@@ -1,4 +1,5 @@
-// The step axis that all charts share. Stages stand end to end; a stage that would leave no room to read another is drawn
+// The step axis that all charts share. Stages stand end to end; a stage that would leave no room to read another is
+// drawn
 // narrower, and the page says so. Positions run from 0 to 1; every position belongs to one training step.
 
 const SHORTEST_STAGE = 0.16;
@@ -11,12 +12,17 @@ function stagesOf(series) {
     const stage = series.stage[row];
     const newest = stages.at(-1);
     if (newest && newest.stage === stage) newest.last = series.train_step[row];
-    else stages.push({ stage, first: newest ? newest.last : Math.max(series.train_step[row] - 1, 0), last: series.train_step[row] });
+    else stages.push(
+      { stage, first: newest ? newest.last : Math.max(series.train_step[row] - 1, 0), last: series.train_step[row] }
+    );
   }
   return stages;
 }
 
-/** Shares of the width: by length, no stage below a readable one, the warm start never the larger part beside another. */
+/**
+ * Shares of the width: by length, no stage below a readable one, the warm start never the larger part beside
+ * another.
+ */
 function sharesOf(stages) {
   const total = stages.reduce((sum, stage) => sum + stage.last - stage.first, 0) || 1;
   const shares = stages.map((stage) => Math.max((stage.last - stage.first) / total, SHORTEST_STAGE));

@@ -16,7 +16,9 @@ function scaleFor(values) {
 /** Values as drawn: themselves, or their log10 with 0 put on the floor. */
 function drawnValues(values, scale, floor) {
   if (scale !== "log") return values;
-  return values.map((value) => (value === null || value === undefined || value < 0 ? null : Math.log10(Math.max(value, floor))));
+  return values.map(
+    (value) => (value === null || value === undefined || value < 0 ? null : Math.log10(Math.max(value, floor)))
+  );
 }
 
 /** Lowest, highest and least positive value of what stands in the part of the axis that is shown. */
@@ -42,7 +44,10 @@ function valueAxis(spec, scale, range) {
   const { low, high, least } = extentOf([...spec.lines, ...limit], range);
   if (scale === "log") {
     const top = Math.ceil(Math.log10(high > 0 ? high : 1) + 0.01);
-    const bottom = Math.max(Math.floor(Math.log10(Number.isFinite(least) ? least : high || 1) - 0.05), top - ZERO_STANDS_AT);
+    const bottom = Math.max(
+      Math.floor(Math.log10(Number.isFinite(least) ? least : high || 1) - 0.05),
+      top - ZERO_STANDS_AT,
+    );
     const floor = low <= 0 ? bottom - 1 : bottom;
     const every = Math.max(1, Math.ceil((top - floor) / 4));
     const values = [];
@@ -80,15 +85,21 @@ function smoothed(values, stages) {
 
 function traceOf(line, y) {
   const trace = {
-    x: line.positions, y, type: "scatter", mode: line.points ? "lines+markers" : "lines", connectgaps: false, hoverinfo: "skip",
+    x: line.positions, y, type: "scatter", mode: line.points ? "lines+markers" : "lines",
+    connectgaps: false, hoverinfo: "skip",
     line: { color: styleOf(line.colour), width: line.width ?? 1.6, dash: line.dash ?? "solid" },
     opacity: line.opacity ?? 1,
   };
-  if (line.points) trace.marker = { size: 7, color: styleOf(line.colour), line: { color: styleOf("--card"), width: 1.5 } };
+  if (line.points) trace.marker = {
+    size: 7, color: styleOf(line.colour), line: { color: styleOf("--card"), width: 1.5 },
+  };
   if (line.low) {
     const above = line.values.map((value, at) => Math.max(line.high[at] - value, 0));
     const below = line.values.map((value, at) => Math.max(value - line.low[at], 0));
-    trace.error_y = { type: "data", symmetric: false, array: above, arrayminus: below, color: `${styleOf(line.colour)}66`, thickness: 5, width: 0 };
+    trace.error_y = {
+      type: "data", symmetric: false, array: above, arrayminus: below, color: `${styleOf(line.colour)}66`,
+      thickness: 5, width: 0,
+    };
   }
   // A single value between gaps has no line to either side: markers make it seen.
   if (!line.points && y.filter((value) => typeof value === "number").length < 3) {
@@ -101,14 +112,23 @@ function traceOf(line, y) {
 function shapesOf(axis, spec, value) {
   const edge = { color: styleOf("--line-strong"), width: 1, dash: "dot" };
   const shapes = axis.segments.slice(1).map((segment) => (
-    { type: "line", xref: "x", yref: "paper", x0: segment.from, x1: segment.from, y0: 0, y1: 1, line: edge, layer: "below" }));
+    {
+      type: "line", xref: "x", yref: "paper", x0: segment.from, x1: segment.from,
+      y0: 0, y1: 1, line: edge, layer: "below",
+    }));
   if (typeof spec.parting === "number") {
-    shapes.push({ type: "line", xref: "x", yref: "paper", x0: spec.parting, x1: spec.parting, y0: 0, y1: 1, line: { color: styleOf("--muted"), width: 1.2 }, layer: "below" });
+    shapes.push(
+      {
+        type: "line", xref: "x", yref: "paper", x0: spec.parting, x1: spec.parting,
+        y0: 0, y1: 1, line: { color: styleOf("--muted"), width: 1.2 }, layer: "below",
+      }
+    );
   }
   if (spec.band && spec.scale === "log") {
     const top = Math.log10(spec.band.healthy_max);
     shapes.push({
-      type: "rect", xref: "paper", yref: "y", x0: 0, x1: 1, y0: value.range[0], y1: top, fillcolor: styleOf("--healthy"), line: { width: 0 }, layer: "below",
+      type: "rect", xref: "paper", yref: "y", x0: 0, x1: 1, y0: value.range[0], y1: top,
+      fillcolor: styleOf("--healthy"), line: { width: 0 }, layer: "below",
     });
   }
   return shapes;
@@ -123,7 +143,12 @@ function stageNames(axis, range, width) {
     if (!Object.hasOwn(STAGE_WORDS, segment.stage) || room < 60) return [];
     const font = { size: 10, color: styleOf("--muted") };
     const place = { xref: "x", yref: "paper", x: from, y: 1, xanchor: "left", yanchor: "top", xshift: 2, yshift: 7 };
-    return [{ ...place, text: STAGE_WORDS[segment.stage], showarrow: false, font, bgcolor: styleOf("--card"), borderpad: 0, captureevents: false }];
+    return [
+      {
+        ...place, text: STAGE_WORDS[segment.stage], showarrow: false, font, bgcolor: styleOf("--card"),
+        borderpad: 0, captureevents: false,
+      }
+    ];
   });
 }
 
@@ -132,21 +157,27 @@ function layoutOf(axis, spec, value, range, width) {
   const ticks = axisTicks(axis, range, Math.max(2, Math.round(width / 75)));
   const grid = styleOf("--line");
   return {
-    margin: { ...MARGIN, pad: 0 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: false, font,
+    margin: { ...MARGIN, pad: 0 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    showlegend: false, hovermode: false, font,
     dragmode: matchMedia("(hover: hover)").matches ? "zoom" : false,
     xaxis: {
-      range: [...range], tickvals: ticks.values, ticktext: ticks.labels, showgrid: false, zeroline: false, ticks: "", tickangle: 0,
+      range: [...range], tickvals: ticks.values, ticktext: ticks.labels, showgrid: false, zeroline: false,
+      ticks: "", tickangle: 0,
       linecolor: styleOf("--line-strong"), linewidth: 1, showline: true, automargin: false,
     },
     yaxis: {
-      range: value.range, tickvals: value.values, ticktext: value.labels, gridcolor: grid, gridwidth: 1, zeroline: false, fixedrange: true, ticks: "",
+      range: value.range, tickvals: value.values, ticktext: value.labels, gridcolor: grid, gridwidth: 1,
+      zeroline: false, fixedrange: true, ticks: "",
       ticklabelstandoff: 4,
     },
     shapes: shapesOf(axis, spec, value), annotations: stageNames(axis, range, width),
   };
 }
 
-/** A drawn chart in `box`. Returns {box, draw, show, hide}; `zoomed(range)` is called when the reader drags out a part of the axis. */
+/**
+ * A drawn chart in `box`. Returns {box, draw, show, hide}; `zoomed(range)` is called when the reader drags out a
+ * part of the axis.
+ */
 function drawChart(box, axis, spec, zoomed) {
   const plot = el("div", { class: "plot" });
   const hair = el("div", { class: "hair", hidden: true });
@@ -156,7 +187,10 @@ function drawChart(box, axis, spec, zoomed) {
     range = next;
     const value = valueAxis(spec, spec.scale, range);
     const traces = spec.lines.map((line) => traceOf(line, drawnValues(line.values, spec.scale, value.floor)));
-    const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false, showTips: false, showAxisDragHandles: false };
+    const config = {
+      displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false,
+      showTips: false, showAxisDragHandles: false,
+    };
     return Plotly.react(plot, traces, layoutOf(axis, spec, value, range, box.clientWidth || 400), config);
   };
   draw();
@@ -169,7 +203,9 @@ function drawChart(box, axis, spec, zoomed) {
   const inner = () => Math.max(box.clientWidth - MARGIN.l - MARGIN.r, 1);
   return {
     box, draw,
-    positionAt: (clientX) => range[0] + ((clientX - box.getBoundingClientRect().left - MARGIN.l) / inner()) * (range[1] - range[0]),
+    positionAt: (clientX) => range[0] + (
+      (clientX - box.getBoundingClientRect().left - MARGIN.l) / inner()
+    ) * (range[1] - range[0]),
     show: (position) => {
       const share = (position - range[0]) / (range[1] - range[0]);
       hair.hidden = share < -0.001 || share > 1.001;

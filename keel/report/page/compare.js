@@ -1,4 +1,5 @@
-// Two runs side by side: what differs, by how much with intervals, and where they part. A is blue and solid, B orange and dashed, throughout.
+// Two runs side by side: what differs, by how much with intervals, and where they part. A is blue and solid, B
+// orange and dashed, throughout.
 
 const SIDES = ["a", "b"];
 const SIDE_COLOUR = { a: "--accent", b: "--high" };
@@ -12,14 +13,20 @@ const COMPARED = [
 ];
 
 function sideName(data, side) {
-  return el("span", { class: `side-name side-${side}` }, el("b", {}, side.toUpperCase()), " ", foreign(data[side].name || data[side].directory, { limit: 60, more: false }));
+  return el("span", { class: `side-name side-${side}` },
+    el("b", {}, side.toUpperCase()),
+    " ",
+    foreign(data[side].name || data[side].directory, { limit: 60, more: false }),
+  );
 }
 
 /** One axis for both: stages end to end, each as long as the longer of the two. */
 function commonAxis(series) {
   const lengths = new Map();
   for (const side of SIDES) {
-    series[side].stage.forEach((stage, row) => lengths.set(stage, Math.max(lengths.get(stage) ?? 0, series[side].step[row] + 1)));
+    series[side].stage.forEach(
+      (stage, row) => lengths.set(stage, Math.max(lengths.get(stage) ?? 0, series[side].step[row] + 1))
+    );
   }
   const starts = new Map();
   const ends = { train_step: [], stage: [] };
@@ -52,10 +59,15 @@ function parted(values, series, place) {
 function comparedSpec([name, title, unit, scale, words], data, place) {
   const lines = SIDES.map((side) => {
     const series = data.series[side];
-    const values = series[name]?.map((value, row) => (DEMONSTRATED.has(name) && series.stage[row] === "warm_start" ? null : value));
+    const values = series[name]?.map(
+      (value, row) => (DEMONSTRATED.has(name) && series.stage[row] === "warm_start" ? null : value)
+    );
     if (!values?.some((value) => typeof value === "number")) return null;
     const shown = values.length < 160 ? values : smoothed(values, series.stage);
-    return { ...parted(shown, series, place), colour: SIDE_COLOUR[side], dash: side === "b" ? "4px 2px" : "solid", side };
+    return {
+      ...parted(shown, series, place), colour: SIDE_COLOUR[side], dash: side === "b" ? "4px 2px" : "solid",
+      side,
+    };
   }).filter(Boolean);
   const band = data.bands.a?.[name] ?? data.bands.b?.[name];
   const wanted = scale === "log" ? "log" : scaleFor(lines.flatMap((line) => line.values));
@@ -64,87 +76,109 @@ function comparedSpec([name, title, unit, scale, words], data, place) {
 
 function comparedCard(spec) {
   const value = el("span", { class: "value small" });
-  const box = el("div", { class: "chart", role: "img", tabindex: "0", "aria-label": `${spec.title} of A and B over the steps. ${spec.words}` });
+  const box = el(
+    "div",
+    {
+      class: "chart", role: "img", tabindex: "0",
+      "aria-label": `${spec.title} of A and B over the steps. ${spec.words}`,
+    },
+  );
   const node = el("figure", { class: "card chart-card", "data-chart": spec.name },
-    el("figcaption", {}, el("h3", {}, spec.title), spec.unit === "nats" ? el("span", { class: "muted small" }, "nats") : null, value),
+    el("figcaption", {},
+      el("h3", {}, spec.title),
+      spec.unit === "nats" ? el("span", { class: "muted small" }, "nats") : null,
+      value,
+    ),
     spec.lines.length ? box : emptyText("Neither run has it."), el("p", { class: "words" }, spec.words));
   const write = (one) => (spec.unit === "share" ? percent(one) : number(one));
   const readOut = (position) => replace(value, spec.lines.map((line) => {
-    const row = position === null ? line.values.findLastIndex((one) => typeof one === "number") : nearestRow(line.positions, position);
-    return el("span", { class: `side-${line.side}` }, el("b", {}, line.side.toUpperCase()), ` ${write(line.values[row])} `);
+    const newest = line.values.findLastIndex((one) => typeof one === "number");
+    const row = position === null ? newest : nearestRow(line.positions, position);
+    return el("span", { class: `side-${line.side}` },
+      el("b", {}, line.side.toUpperCase()),
+      ` ${write(line.values[row])} `,
+    );
   }));
   readOut(null);
   return { node, box, spec, readOut };
-}
-
-/** The scale of differences: the least round number of points that holds every interval. */
-function differenceBound(shown) {
-  const most = Math.max(0.01, ...shown.flatMap(({ difference }) => (difference ? [Math.abs(difference.low), Math.abs(difference.high)] : [])));
-  return [0.02, 0.05, 0.1, 0.2, 0.5, 1].find((bound) => bound >= most) ?? 1;
-}
-
-/** Both rates of every evaluation with their intervals on one scale, and the interval of the difference on another. */
-function forest(data) {
-  const shown = data.evaluations.filter((one) => SIDES.some((side) => typeof one[side]?.success === "number"));
-  if (!shown.length) return panel("Held-out success", "", emptyText("No evaluation of either run says what a success is."));
-  const bound = differenceBound(shown);
-  const points = Math.round(100 * bound);
-  const scale = (ticks) => el("div", { class: "forest-scale", "aria-hidden": "true" }, ticks.map(([share, text]) => el("span", { style: { left: `${100 * share}%` } }, text)));
-  const rows = shown.map((one) => el("li", { class: "forest-row" },
-    el("span", { class: "forest-name" }, foreignLine(String(one.name).replaceAll("_", " "), 40)),
-    el("div", { class: "forest-bars" }, SIDES.map((side) => forestBar(side, one[side]))),
-    el("div", { class: "forest-bars difference" }, differenceBar(one.difference, bound)),
-    el("span", { class: one.difference?.differs ? "forest-text" : "forest-text muted" }, foreign(one.text, { limit: 100 }))));
-  const head = el("li", { class: "forest-row forest-foot muted small", "aria-hidden": "true" }, el("span", {}), el("span", {}, "success"), el("span", {}, "B less A, in points"), el("span", {}));
-  const foot = el("li", { class: "forest-row forest-foot" }, el("span", {}), scale([[0, "0"], [0.5, "50"], [1, "100 %"]]),
-    scale([[0, `\u2212${points}`], [0.5, "0"], [1, `+${points}`]]), el("span", {}));
-  return panel("Held-out success", "with 95\u00a0% intervals", el("ul", { class: "forest" }, head, rows, foot));
-}
-
-function forestBar(side, evaluation) {
-  if (typeof evaluation?.success !== "number") return el("div", { class: "bar-line muted small" }, `${side.toUpperCase()}: none`);
-  const low = evaluation.success_low ?? evaluation.success;
-  const high = evaluation.success_high ?? evaluation.success;
-  return el("div", { class: `bar-line side-${side}`, role: "img", "aria-label": `${side.toUpperCase()} ${percent(evaluation.success)}, ${percent(low)} to ${percent(high)}` },
-    el("span", { class: "whisker", style: { left: `${100 * low}%`, width: `${100 * (high - low)}%` } }),
-    el("span", { class: "dot", style: { left: `${100 * evaluation.success}%` } }),
-    el("span", { class: "bar-value", style: evaluation.success > 0.7 ? { right: `${100 * (1 - low) + 2}%` } : { left: `${100 * high + 2}%` } }, percent(evaluation.success)));
-}
-
-function differenceBar(difference, bound) {
-  if (!difference) return el("div", { class: "bar-line" });
-  const place = (value) => `${50 + (50 * value) / bound}%`;
-  const whisker = { left: place(difference.low), width: `${(50 * (difference.high - difference.low)) / bound}%` };
-  return el("div", { class: difference.differs ? "bar-line differs" : "bar-line" }, el("span", { class: "zero" }),
-    el("span", { class: "whisker", style: whisker }), el("span", { class: "dot", style: { left: place(difference.value) } }));
 }
 
 function divergencePanel(data) {
   const { first, token } = data.divergence;
   const facts = first ? el("table", { class: "table" },
     el("thead", {}, el("tr", {}, ["metric", "A", "B"].map((word) => el("th", { scope: "col" }, word)))),
-    el("tbody", {}, first.metrics.slice(0, 5).map((one) => el("tr", {}, el("th", { scope: "row" }, foreign(one.metric, { limit: 60, more: false })), el("td", {}, exact(one.a)), el("td", {}, exact(one.b)))))) : null;
-  const spelled = (one) => (one ? [el("bdi", { class: "mono foreign token-text" }, visibleNodes(cut(String(one.text ?? ""), 60))), el("span", { class: "muted" }, ` id ${number(one.id)}`)] : "the sequence ends");
+    el("tbody", {},
+      first.metrics.slice(0, 5).map(
+        (one) => el("tr", {},
+          el("th", { scope: "row" }, foreign(one.metric, { limit: 60, more: false })),
+          el("td", {}, exact(one.a)),
+          el("td", {}, exact(one.b)),
+        )
+      ),
+    )) : null;
+  const spelled = (one) => (
+    one ? [
+      el("bdi", { class: "mono foreign token-text" }, visibleNodes(cut(String(one.text ?? ""), 60))),
+      el("span", { class: "muted" }, ` id ${number(one.id)}`),
+    ] : "the sequence ends"
+  );
   const tokens = token ? el("div", { class: "parting" },
-    el("p", { class: "muted small" }, `First token that differs: step ${number(token.step)}, attempt ${number(token.attempt)}, token ${number(token.position)}`),
-    token.before ? el("p", { class: "mono before" }, "\u2026", foreign(token.before, { limit: 200, more: false })) : null,
-    el("p", {}, el("b", { class: "side-a" }, "A "), spelled(token.a)), el("p", {}, el("b", { class: "side-b" }, "B "), spelled(token.b))) : null;
-  return panel("Where they part", first ? `${stageWords(first.stage)} step ${number(first.step)}` : "", el("p", { class: "lead" }, foreign(data.divergence.text, { limit: 600 })), facts, tokens);
+    el("p", { class: "muted small" },
+      `First token that differs: step ${number(token.step)}, attempt ${number(token.attempt)}, `,
+      `token ${number(token.position)}`,
+    ),
+    token.before ? el("p", { class: "mono before" },
+      "\u2026",
+      foreign(token.before, { limit: 200, more: false }),
+    ) : null,
+    el("p", {},
+      el("b", { class: "side-a" }, "A "),
+      spelled(token.a),
+    ),
+    el("p", {}, el("b", { class: "side-b" }, "B "), spelled(token.b))) : null;
+  return panel(
+    "Where they part",
+    first ? `${stageWords(first.stage)} step ${number(first.step)}` : "",
+    el("p", { class: "lead" }, foreign(data.divergence.text, { limit: 600 })),
+    facts,
+    tokens,
+  );
 }
 
 function tableOf(title, head, rows, none) {
-  const cells = (row) => row.map((cell, at) => el(at === 0 ? "th" : "td", at === 0 ? { scope: "row" } : {}, cell ?? el("span", { class: "muted" }, "\u2013")));
-  const table = el("div", { class: "table-scroll" }, el("table", { class: "table" }, el("thead", {}, el("tr", {}, head.map((word) => el("th", { scope: "col" }, word)))), el("tbody", {}, rows.map((row) => el("tr", {}, cells(row))))));
+  const cells = (row) => row.map(
+    (cell, at) => el(
+      at === 0 ? "th" : "td",
+      at === 0 ? { scope: "row" } : {},
+      cell ?? el("span", { class: "muted" }, "\u2013"),
+    )
+  );
+  const table = el("div", { class: "table-scroll" },
+    el("table", { class: "table" },
+      el("thead", {}, el("tr", {}, head.map((word) => el("th", { scope: "col" }, word)))),
+      el("tbody", {}, rows.map((row) => el("tr", {}, cells(row)))),
+    ),
+  );
   return panel(title, "", rows.length ? table : emptyText(none));
 }
 
 function configTable(data) {
   const value = (text) => (text === null || text === undefined ? null : foreign(text, { limit: 120 }));
-  return tableOf("Config", ["option", "A", "B"], data.config.slice(0, 200).map((one) => [foreign(one.option, { limit: 80 }), value(one.a), value(one.b)]), "The configs are the same, option for option.");
+  return tableOf(
+    "Config",
+    ["option", "A", "B"],
+    data.config.slice(0, 200).map((one) => [foreign(one.option, { limit: 80 }), value(one.a), value(one.b)]),
+    "The configs are the same, option for option.",
+  );
 }
 
 function figuresTable(data) {
-  return tableOf("Figures", ["", "A", "B"], data.figures.map((one) => [foreign(one.text, { limit: 80 }), number(one.a), number(one.b)]), "Neither run has finished a step.");
+  return tableOf(
+    "Figures",
+    ["", "A", "B"],
+    data.figures.map((one) => [foreign(one.text, { limit: 80 }), number(one.a), number(one.b)]),
+    "Neither run has finished a step.",
+  );
 }
 
 function overlay(data) {
@@ -155,29 +189,54 @@ function overlay(data) {
   const charts = [];
   const arm = () => {
     const zoom = (range) => { for (const chart of charts) chart.draw(range ?? axis.range); };
-    for (const card of cards) if (card.spec.lines.length) charts.push(drawChart(card.box, axis, { ...card.spec, parting: parts }, zoom));
+    for (const card of cards) if (card.spec.lines.length) charts.push(
+      drawChart(card.box, axis, { ...card.spec, parting: parts }, zoom)
+    );
     const move = (position) => {
       for (const chart of charts) if (position === null) chart.hide(); else chart.show(position);
       for (const card of cards) card.readOut(position);
     };
     for (const chart of charts) {
-      chart.box.addEventListener("pointermove", (event) => move(Math.min(Math.max(chart.positionAt(event.clientX), 0), 1)));
+      chart.box.addEventListener(
+        "pointermove",
+        (event) => move(Math.min(Math.max(chart.positionAt(event.clientX), 0), 1)),
+      );
       chart.box.addEventListener("pointerleave", () => move(null));
     }
   };
-  return { node: el("div", { class: "charts" }, cards.map((card) => card.node)), arm, redraw: () => { for (const chart of charts) chart.draw(); } };
+  return {
+    node: el("div", { class: "charts" }, cards.map((card) => card.node)), arm,
+    redraw: () => { for (const chart of charts) chart.draw(); },
+  };
 }
 
 function startComparison() {
   const data = JSON.parse(document.getElementById("keel-data").textContent);
-  if (data.schema_version !== 1) throw new Error(`this page shows schema_version 1, the data has ${String(data.schema_version).slice(0, 20)}`);
+  if (data.schema_version !== 1) throw new Error(
+    `this page shows schema_version 1, the data has ${String(data.schema_version).slice(0, 20)}`
+  );
   replace(document.getElementById("run-name"), "Comparison");
-  replace(document.getElementById("run-facts"), SIDES.map((side) => [sideName(data, side), el("span", { class: "pill" }, foreign(data[side].state, { limit: 40, more: false }))]));
+  replace(
+    document.getElementById("run-facts"),
+    SIDES.map(
+      (side) => [
+        sideName(data, side), el("span", { class: "pill" }, foreign(data[side].state, { limit: 40, more: false })),
+      ]
+    ),
+  );
   document.title = "Keel comparison";
   const curves = overlay(data);
   replace(document.getElementById("view-compare"),
-    el("section", { class: "verdict running", "aria-label": "Summary" }, el("span", { class: "verdict-mark", "aria-hidden": "true" }, "\u21c4"), el("div", { class: "verdict-text" }, el("h2", {}, foreign(data.summary, { limit: 600 })))),
-    el("div", { class: "compare-grid" }, forest(data), divergencePanel(data)), curves.node, el("div", { class: "compare-grid" }, configTable(data), figuresTable(data)));
+    el("section", { class: "verdict running", "aria-label": "Summary" },
+      el("span", { class: "verdict-mark", "aria-hidden": "true" }, "\u21c4"),
+      el("div", { class: "verdict-text" }, el("h2", {}, foreign(data.summary, { limit: 600 }))),
+    ),
+    el("div", { class: "compare-grid" }, forest(data), divergencePanel(data)), curves.node, el(
+      "div",
+      { class: "compare-grid" },
+      configTable(data),
+      figuresTable(data),
+    ));
   curves.arm();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => curves.redraw());
 }

@@ -1,5 +1,6 @@
 // Builders of elements. Every text reaches the page through textContent or a text node, never as markup,
-// and text of models, tools and data passes through foreign(), which isolates its direction and shows what is invisible.
+// and text of models, tools and data passes through foreign(), which isolates its direction and shows what is
+// invisible.
 "use strict";
 
 const CLIP_AT = 4000;
@@ -10,11 +11,15 @@ function el(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
     if (name === "on") for (const [event, listener] of Object.entries(value)) node.addEventListener(event, listener);
-    else if (name === "style") for (const [property, setting] of Object.entries(value)) node.style.setProperty(property, setting);
+    else if (name === "style") styled(node, value);
     else node.setAttribute(name, value === true ? "" : String(value));
   }
   append(node, children);
   return node;
+}
+
+function styled(node, settings) {
+  for (const [property, setting] of Object.entries(settings)) node.style.setProperty(property, setting);
 }
 
 function append(node, children) {
@@ -30,11 +35,17 @@ function replace(node, ...children) {
   return append(node, children);
 }
 
-// Controls, direction marks, separators, zero-width marks and lone surrogates: what a reader could not see, or what changes how the rest is drawn.
-const INVISIBLE =
-  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e007f}]|\p{Cs}/gu;
+// Controls, direction marks, separators, zero-width marks and lone surrogates: what a reader could not see, or what
+// changes how the rest is drawn.
+const INVISIBLE = new RegExp(
+  "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u180e\\u200b\\u200e\\u200f\\u2028-\\u202e" +
+    "\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb\\u{e0000}-\\u{e007f}]|\\p{Cs}",
+  "gu",
+);
 
-const CONTROL_NAMES = ("NUL SOH STX ETX EOT ENQ ACK BEL BS TAB LF VT FF CR SO SI DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US").split(" ");
+const CONTROL_NAMES = (
+  "NUL SOH STX ETX EOT ENQ ACK BEL BS TAB LF VT FF CR SO SI DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US"
+).split(" ");
 
 /** What stands for a character that would not be seen: the name of a control, or its number. */
 function pictured(character) {
@@ -49,7 +60,11 @@ function visibleNodes(text) {
   let from = 0;
   for (const found of text.matchAll(INVISIBLE)) {
     if (found.index > from) nodes.push(text.slice(from, found.index));
-    nodes.push(el("span", { class: "control", title: "U+" + found[0].codePointAt(0).toString(16).padStart(4, "0") }, pictured(found[0])));
+    nodes.push(
+      el("span", { class: "control", title: "U+" + found[0].codePointAt(0).toString(16).padStart(4, "0") },
+        pictured(found[0]),
+      )
+    );
     from = found.index + found[0].length;
   }
   if (from < text.length) nodes.push(text.slice(from));
@@ -69,7 +84,9 @@ function foreign(text, { limit = CLIP_AT, more = true, tag = "bdi", label = "for
   if (whole.length <= limit) return append(node, visibleNodes(whole));
   append(node, visibleNodes(cut(whole, limit)));
   if (!more) return append(node, ["\u2026"]);
-  const button = el("button", { type: "button", class: "link-button show-all" }, `show all ${whole.length.toLocaleString("en")} characters`);
+  const button = el("button", { type: "button", class: "link-button show-all" },
+    `show all ${whole.length.toLocaleString("en")} characters`,
+  );
   button.addEventListener("click", () => {
     // A marked span per control character is a luxury for long texts: there they are replaced in place.
     replace(node, whole.length < 50000 ? visibleNodes(whole) : whole.replace(INVISIBLE, pictured));
@@ -80,7 +97,9 @@ function foreign(text, { limit = CLIP_AT, more = true, tag = "bdi", label = "for
 /** One line of foreign text, clipped by characters and by the box. */
 function foreignLine(text, limit = 160) {
   const flat = String(text ?? "").slice(0, limit * 2).replace(/[\n\t]+/g, " ");
-  return el("span", { class: "one-line" }, foreign(flat.length < String(text ?? "").length ? flat + " " : flat, { limit, more: false }));
+  return el("span", { class: "one-line" },
+    foreign(flat.length < String(text ?? "").length ? flat + " " : flat, { limit, more: false }),
+  );
 }
 
 /** Buttons of which one is pressed. `options` is [[value, label], ...]; `chosen` is called with the value. */
@@ -102,13 +121,20 @@ function styleOf(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+/** What a table of our own says of a key that may come from data: nothing of what every object inherits. */
+function own(table, key) {
+  return Object.hasOwn(table, key) ? table[key] : undefined;
+}
+
 /** Runs `begin`; if it fails the page says so instead of standing empty. */
 function guarded(begin) {
   try {
     begin();
   } catch (error) {
     const message = String(error?.message ?? error).slice(0, 300);
-    document.querySelector("main").prepend(el("p", { class: "notice bad", role: "alert" }, "The page could not be drawn: ", foreign(message)));
+    document.querySelector("main").prepend(
+      el("p", { class: "notice bad", role: "alert" }, "The page could not be drawn: ", foreign(message))
+    );
     throw error;
   }
 }

@@ -67,7 +67,10 @@ function counted(count, noun) {
   return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 }
 
-const SUPERSCRIPT = { "-": "\u207b", 0: "\u2070", 1: "\u00b9", 2: "\u00b2", 3: "\u00b3", 4: "\u2074", 5: "\u2075", 6: "\u2076", 7: "\u2077", 8: "\u2078", 9: "\u2079" };
+const SUPERSCRIPT = {
+  "-": "\u207b", 0: "\u2070", 1: "\u00b9", 2: "\u00b2", 3: "\u00b3", 4: "\u2074",
+  5: "\u2075", 6: "\u2076", 7: "\u2077", 8: "\u2078", 9: "\u2079",
+};
 
 /** 10 to a whole power: plain between 0.1 and 1000, otherwise with a raised exponent. */
 function powerOfTen(exponent) {
@@ -82,12 +85,14 @@ function niceTicks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough * 0.999);
   const ticks = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) ticks.push(Number((k * step).toPrecision(12)));
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) ticks.push(
+    Number((k * step).toPrecision(12))
+  );
   return ticks;
 }
 
 const STAGE_WORDS = { warm_start: "warm start", reinforcement: "reinforcement" };
 
 function stageWords(stage) {
-  return STAGE_WORDS[stage] ?? String(stage).replaceAll("_", " ").slice(0, 40);
+  return own(STAGE_WORDS, stage) ?? String(stage).replaceAll("_", " ").slice(0, 40);
 }

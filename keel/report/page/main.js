@@ -1,17 +1,35 @@
 // Starts the page: which view is shown, going back and forth, live refreshes, and colours that follow the system.
 
 function configView(section, run) {
-  const pairs = [["directory", run.directory], ["keel", run.keel_version], ["device", run.device], ["started", moment(run.started_unix_s)], ["last sign of life", moment(run.updated_unix_s)],
-    ...Object.entries(run.versions ?? {})].filter(([, value]) => value !== null && value !== undefined && value !== "");
+  const known = [
+    ["directory", run.directory], ["keel", run.keel_version], ["device", run.device],
+    ["started", moment(run.started_unix_s)], ["last sign of life", moment(run.updated_unix_s)],
+    ...Object.entries(run.versions ?? {}),
+  ];
+  const pairs = known.filter(([, value]) => value !== null && value !== undefined && value !== "");
   replace(section, el("div", { class: "config-grid" },
-    el("section", { class: "card", "aria-label": "Config" }, run.config_toml ? foreign(run.config_toml, { limit: 100000, tag: "pre", label: "config-text" }) : el("p", { class: "empty" }, "config.toml could not be read.")),
+    el("section", { class: "card", "aria-label": "Config" },
+      run.config_toml ? foreign(
+        run.config_toml,
+        { limit: 100000, tag: "pre", label: "config-text" },
+      ) : el("p", { class: "empty" }, "config.toml could not be read."),
+    ),
     el("section", { class: "card panel", "aria-label": "Made with" }, el("header", {}, el("h3", {}, "Made with")),
-      el("dl", { class: "pairs" }, pairs.map(([name, value]) => [el("dt", {}, foreign(name, { limit: 60, more: false })), el("dd", {}, foreign(value, { limit: 300 }))])))));
+      el("dl", { class: "pairs" },
+        pairs.map(
+          ([name, value]) => [
+            el("dt", {}, foreign(name, { limit: 60, more: false })), el("dd", {}, foreign(value, { limit: 300 })),
+          ]
+        ),
+      ))));
 }
 
 function start() {
   const store = makeStore(readData());
-  const sections = { overview: document.getElementById("view-overview"), episodes: document.getElementById("view-episodes"), config: document.getElementById("view-config") };
+  const sections = {
+    overview: document.getElementById("view-overview"), episodes: document.getElementById("view-episodes"),
+    config: document.getElementById("view-config"),
+  };
   const scrolled = {};
   let current = null;
   let overview = null;
@@ -26,7 +44,9 @@ function start() {
     const focused = document.activeElement?.closest?.("[data-chart]")?.dataset.chart;
     overview = buildOverview(sections.overview, store, overview);
     stale = false;
-    if (focused) sections.overview.querySelector(`[data-chart="${CSS.escape(focused)}"] .chart`)?.focus({ preventScroll: true });
+    if (focused) sections.overview.querySelector(
+      `[data-chart="${CSS.escape(focused)}"] .chart`
+    )?.focus({ preventScroll: true });
   };
   const episodes = buildEpisodes(sections.episodes, store);
   const route = () => {
@@ -36,7 +56,8 @@ function start() {
       if (current) scrolled[current] = scrollY;
       for (const [name, section] of Object.entries(sections)) section.hidden = name !== view;
       for (const link of document.querySelectorAll("nav [data-view]")) {
-        if (link.dataset.view === view) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
+        if (link.dataset.view === view) link.setAttribute("aria-current", "page");
+        else link.removeAttribute("aria-current");
       }
       current = view;
       if (view === "overview" && stale) drawOverview();

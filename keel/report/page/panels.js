@@ -3,16 +3,20 @@
 const NOTES_SHOWN = 3;
 const VERDICT_MARK = { good: "\u2713", warn: "!", bad: "\u2715", running: "\u25b8" };
 const VERDICT_WORD = { good: "Sound", warn: "Look here", bad: "Broken", running: "Running" };
-const STATE_KIND = { completed: "good", running: "running", starting: "running", stopped: "warn", interrupted: "warn", failed: "bad", crashed: "bad" };
+const STATE_KIND = {
+  completed: "good", running: "running", starting: "running", stopped: "warn",
+  interrupted: "warn", failed: "bad", crashed: "bad",
+};
 
 /** Header facts: what was trained, on what, when, and how far it is. */
 function headerFacts(run) {
   const state = String(run.state ?? "unknown");
   const done = Number.isFinite(run.steps_done) ? run.steps_done : 0;
-  const steps = run.steps_planned ? `${done.toLocaleString("en")} of ${counted(run.steps_planned, "step")}` : counted(done, "step");
+  const planned = run.steps_planned ? counted(run.steps_planned, "step") : null;
+  const steps = planned ? `${done.toLocaleString("en")} of ${planned}` : counted(done, "step");
   const parts = [run.model, run.env, Number.isFinite(run.seed) ? `seed ${run.seed}` : null].filter(Boolean);
   return [
-    el("span", { class: `pill ${STATE_KIND[state] ?? ""}` }, foreign(state, { limit: 40, more: false })),
+    el("span", { class: `pill ${own(STATE_KIND, state) ?? ""}` }, foreign(state, { limit: 40, more: false })),
     el("span", {}, steps),
     parts.map((part) => el("span", { class: "fact" }, foreign(part, { limit: 60, more: false }))),
     el("span", { class: "fact-time" }, moment(run.updated_unix_s)),
@@ -20,15 +24,21 @@ function headerFacts(run) {
 }
 
 function verdictPanel(data) {
-  const level = VERDICT_MARK[data.verdict?.level] ? data.verdict.level : "warn";
+  const level = own(VERDICT_MARK, data.verdict?.level) ? data.verdict.level : "warn";
   const link = firstBad(data.verdict ?? {});
   const notes = (data.verdict?.notes ?? []).map(noteItem);
   const text = String(data.verdict?.text || "No verdict yet.");
-  const reason = data.run?.reason && !text.includes(data.run.reason) ? el("p", { class: "reason" }, foreign(data.run.reason, { limit: 240 })) : null;
+  const reason = data.run?.reason && !text.includes(data.run.reason) ? el("p", { class: "reason" },
+    foreign(data.run.reason, { limit: 240 }),
+  ) : null;
   return el("section", { class: `verdict ${level}`, "aria-label": "Verdict" },
     el("span", { class: "verdict-mark", "aria-hidden": "true" }, VERDICT_MARK[level]),
     el("div", { class: "verdict-text" },
-      el("h2", { class: text.length > 150 ? "long" : "" }, el("span", { class: "visually-hidden" }, `${VERDICT_WORD[level]}: `), foreign(text, { limit: 400 }), link ? [" ", link] : null),
+      el("h2", { class: text.length > 150 ? "long" : "" },
+        el("span", { class: "visually-hidden" }, `${VERDICT_WORD[level]}: `),
+        foreign(text, { limit: 400 }),
+        link ? [" ", link] : null,
+      ),
       reason),
     notes.length ? el("ul", { class: "verdict-notes", "aria-label": "Notes" }, shownNotes(notes)) : null);
 }
@@ -38,8 +48,13 @@ function firstBad(verdict) {
   const step = verdict.first_bad_step;
   if (!Number.isInteger(step)) return null;
   const stage = verdict.first_bad_stage ?? "reinforcement";
-  if (stage !== "reinforcement") return el("span", { class: "first-bad" }, `First bad step: ${stageWords(stage)} ${step}`);
-  return el("a", { class: "first-bad", href: `#${step}` }, `First bad step: ${step}`, el("span", { "aria-hidden": "true" }, " \u2192"));
+  if (stage !== "reinforcement") return el("span", { class: "first-bad" },
+    `First bad step: ${stageWords(stage)} ${step}`,
+  );
+  return el("a", { class: "first-bad", href: `#${step}` },
+    `First bad step: ${step}`,
+    el("span", { "aria-hidden": "true" }, " \u2192"),
+  );
 }
 
 /** A note shows its first sentence; the rest is behind it. */
@@ -47,14 +62,22 @@ function noteItem(note) {
   const text = String(note);
   const end = text.search(/[.:;] /);
   if (end < 0 || end > 140 || text.length < 72) return el("li", {}, foreign(text, { limit: 300 }));
-  return el("li", {}, el("details", {}, el("summary", {}, foreign(text.slice(0, end) + ".")), foreign(text.slice(end + 2), { limit: 1200 })));
+  return el("li", {},
+    el("details", {},
+      el("summary", {}, foreign(text.slice(0, end) + ".")),
+      foreign(text.slice(end + 2), { limit: 1200 }),
+    ),
+  );
 }
 
 /** Three lines at most: the notes, or the first two and how many more there are. */
 function shownNotes(notes) {
   if (notes.length <= NOTES_SHOWN) return notes;
   const rest = notes.slice(NOTES_SHOWN - 1);
-  return [notes.slice(0, NOTES_SHOWN - 1), el("li", {}, el("details", {}, el("summary", {}, `and ${counted(rest.length, "more note")}`), el("ul", {}, rest)))];
+  return [
+    notes.slice(0, NOTES_SHOWN - 1),
+    el("li", {}, el("details", {}, el("summary", {}, `and ${counted(rest.length, "more note")}`), el("ul", {}, rest))),
+  ];
 }
 
 /** A strip: one cell an invariant, broken ones first, each with how often it held. */
@@ -64,8 +87,13 @@ function invariantsStrip(invariants) {
     const kind = one.of === 0 ? "unchecked" : one.ok ? "held" : "broken";
     const count = one.of === 0 ? "not checked" : `${one.held.toLocaleString("en")} of ${counted(one.of, "step")}`;
     return el("li", { class: `invariant ${kind}` },
-      el("span", { class: "invariant-mark", "aria-hidden": "true" }, { held: "\u2713", broken: "\u2715", unchecked: "\u2013" }[kind]),
-      el("span", { class: "invariant-text" }, foreign(one.text, { limit: 80, more: false })), el("span", { class: "invariant-count" }, count));
+      el("span", { class: "invariant-mark", "aria-hidden": "true" },
+        { held: "\u2713", broken: "\u2715", unchecked: "\u2013" }[kind],
+      ),
+      el("span", { class: "invariant-text" },
+        foreign(one.text, { limit: 80, more: false }),
+      ),
+      el("span", { class: "invariant-count" }, count));
   });
   return el("section", { class: "card strip", "aria-label": "Invariants" }, el("h3", {}, "Invariants"),
     cells.length ? el("ul", { class: "invariants" }, cells) : emptyText("No step has been checked yet."));
@@ -75,13 +103,23 @@ function timePanel(time) {
   const total = time.reduce((sum, one) => sum + (one.seconds ?? 0), 0);
   if (!(total > 0)) return panel("Where time went", "", emptyText("No step has been timed yet."));
   const shown = [...time].filter((one) => one.seconds > 0).sort((a, b) => b.seconds - a.seconds);
-  const bar = shown.map((one, at) => el("span", { style: { width: `${(100 * one.seconds) / total}%`, background: `var(--phase-${Math.min(at, 5)})` } }));
+  const bar = shown.map(
+    (one, at) => el(
+      "span",
+      { style: { width: `${(100 * one.seconds) / total}%`, background: `var(--phase-${Math.min(at, 5)})` } },
+    )
+  );
   const rows = shown.slice(0, 6).map((one, at) => el("li", {},
     el("span", { class: "swatch", style: { background: `var(--phase-${Math.min(at, 5)})` }, "aria-hidden": "true" }),
     el("span", { class: "phase" }, foreign(one.phase, { limit: 40, more: false })),
     el("span", { class: "number" }, duration(one.seconds)),
     el("span", { class: "number muted" }, percent(one.seconds / total, 0))));
-  return panel("Where time went", `${duration(total)} in all`, el("div", { class: "time-bar", "aria-hidden": "true" }, bar), el("ul", { class: "time-list" }, rows));
+  return panel(
+    "Where time went",
+    `${duration(total)} in all`,
+    el("div", { class: "time-bar", "aria-hidden": "true" }, bar),
+    el("ul", { class: "time-list" }, rows),
+  );
 }
 
 const EPISODE_WORDS = { best: "Best", worst: "Worst", strangest: "Strangest" };
@@ -93,7 +131,11 @@ function episodesPanel(data, find) {
     const found = find(reference);
     const why = data.episodes.why?.[kind];
     return el("li", {}, el("a", { class: `pick ${kind}`, href: `#${reference}` },
-      el("span", { class: "pick-head" }, el("b", {}, word), el("span", { class: "muted" }, `step ${reference.split("/")[0]}`), found ? rewardPill(found.trajectory) : null),
+      el("span", { class: "pick-head" },
+        el("b", {}, word),
+        el("span", { class: "muted" }, `step ${reference.split("/")[0]}`),
+        found ? rewardPill(found.trajectory) : null,
+      ),
       el("span", { class: "pick-task" }, foreignLine(found?.group.task_text ?? "", 120)),
       el("span", { class: "pick-why muted" }, foreignLine(why ?? "", 120))));
   }).filter(Boolean);
@@ -108,7 +150,10 @@ function rewardPill(trajectory) {
 }
 
 function panel(title, aside, ...body) {
-  return el("section", { class: "card panel", "aria-label": title }, el("header", {}, el("h3", {}, title), aside ? el("span", { class: "muted small" }, aside) : null), body);
+  return el("section", { class: "card panel", "aria-label": title },
+    el("header", {}, el("h3", {}, title), aside ? el("span", { class: "muted small" }, aside) : null),
+    body,
+  );
 }
 
 function emptyText(text) {

@@ -1,8 +1,11 @@
-// What a token's colour says. Each colouring sorts tokens into a few bins with fixed bounds, so that a colour means the same in every episode,
-// and its legend gives the bounds and how many tokens fell into each. Two-sided scales run blue to orange, one-sided ones in strength.
+// What a token's colour says. Each colouring sorts tokens into a few bins with fixed bounds, so that a colour means
+// the same in every episode,
+// and its legend gives the bounds and how many tokens fell into each. Two-sided scales run blue to orange, one-sided
+// ones in strength.
 
 const COLOURINGS = [
-  ["origin", "Origin"], ["mismatch", "Mismatch"], ["importance_weight", "Weight"], ["advantage", "Advantage"], ["entropy", "Entropy"], ["mask_reason", "Mask reason"],
+  ["origin", "Origin"], ["mismatch", "Mismatch"], ["importance_weight", "Weight"], ["advantage", "Advantage"],
+  ["entropy", "Entropy"], ["mask_reason", "Mask reason"],
 ];
 
 const ORIGIN_WORDS = { c: "context", p: "policy", d: "demonstration" };
@@ -10,7 +13,7 @@ const CATEGORY_COLOURS = ["--phase-1", "--phase-2", "--phase-3", "--phase-4", "-
 
 /** A tint of a page colour over the card; `strength` from 0 to 1 keeps text readable in light and dark. */
 function tint(name, strength) {
-  return strength <= 0 ? "transparent" : `color-mix(in oklab, var(${name}) ${Math.round(14 + 46 * strength)}%, transparent)`;
+  return `color-mix(in oklab, var(${name}) ${Math.round(14 + 46 * strength)}%, transparent)`;
 }
 
 const NEUTRAL = tint("--muted", 0.02);
@@ -19,7 +22,10 @@ const NEUTRAL = tint("--muted", 0.02);
 function risingBins(bounds, colour, write) {
   const bins = [{ label: "0", paint: NEUTRAL, holds: (value) => value === 0 }];
   bounds.forEach((bound, at) => bins.push(
-    { label: `< ${write(bound)}`, paint: tint(colour, (at + 0.3) / (bounds.length + 0.3)), holds: (value) => Math.abs(value) < bound }));
+    {
+      label: `< ${write(bound)}`, paint: tint(colour, (at + 0.3) / (bounds.length + 0.3)),
+      holds: (value) => Math.abs(value) < bound,
+    }));
   bins.push({ label: `\u2265 ${write(bounds.at(-1))}`, paint: tint(colour, 1), holds: () => true });
   return bins;
 }
@@ -41,9 +47,19 @@ function advantageBins(bound) {
   const [third, two] = [bound / 3, (2 * bound) / 3];
   const bin = (label, colour, strength, holds) => ({ label, paint: tint(colour, strength), holds });
   return [
-    bin(`\u2264 ${number(-two, 2)}`, "--low", 1, (value) => value <= -two), bin(`\u2264 ${number(-third, 2)}`, "--low", 0.6, (value) => value <= -third),
+    bin(`\u2264 ${number(-two, 2)}`, "--low", 1, (value) => value <= -two), bin(
+      `\u2264 ${number(-third, 2)}`,
+      "--low",
+      0.6,
+      (value) => value <= -third,
+    ),
     bin("< 0", "--low", 0.25, (value) => value < 0), { label: "0", paint: NEUTRAL, holds: (value) => value === 0 },
-    bin("> 0", "--high", 0.25, (value) => value < third), bin(`\u2265 ${number(third, 2)}`, "--high", 0.6, (value) => value < two),
+    bin("> 0", "--high", 0.25, (value) => value < third), bin(
+      `\u2265 ${number(third, 2)}`,
+      "--high",
+      0.6,
+      (value) => value < two,
+    ),
     bin(`\u2265 ${number(two, 2)}`, "--high", 1, () => true),
   ];
 }
@@ -51,7 +67,14 @@ function advantageBins(bound) {
 function categoryBins(values, none) {
   const names = [...new Set(values.filter((value) => value !== null && value !== undefined))];
   const bins = [{ label: none, paint: tint("--accent", 0.5), holds: (value) => value === null || value === undefined }];
-  names.forEach((name, at) => bins.push({ label: name, foreign: true, paint: tint(CATEGORY_COLOURS[at % CATEGORY_COLOURS.length], 0.55), holds: (value) => value === name }));
+  names.forEach(
+    (name, at) => bins.push(
+      {
+        label: name, foreign: true, paint: tint(CATEGORY_COLOURS[at % CATEGORY_COLOURS.length], 0.55),
+        holds: (value) => value === name,
+      }
+    )
+  );
   return bins;
 }
 
@@ -66,21 +89,27 @@ function groupAdvantage(group, tokens) {
 
 const COLOURING_WORDS = {
   origin: "Who wrote the token. Only policy and demonstration tokens can be trained on.",
-  mismatch: "|log-prob of the learner \u2212 log-prob of the engine|, in nats. 10\u207b\u2074 and more counts as an outlier.",
+  mismatch: "|log-prob of the learner \u2212 of the engine|, in nats. 10\u207b\u2074 and more is an outlier.",
   importance_weight: "What the loss of the token is multiplied by to make up for the mismatch.",
-  advantage: "How much better (orange) or worse (blue) than its group the attempt was; bounds are thirds of the group\u2019s largest.",
+  advantage: "Better (orange) or worse (blue) than the group; bounds are thirds of its largest.",
   entropy: "Of the learner\u2019s distribution before the token, in nats: 0 is certainty.",
   mask_reason: "Why a token is left out of the loss.",
 };
 
 /** {bins, binOf(i), words} of a colouring over the tokens of one episode. A token without a value has bin null. */
 function colouring(key, tokens, group) {
-  const values = key === "origin" ? [...tokens.origin].map((letter) => ORIGIN_WORDS[letter] ?? "context") : tokens[key] ?? [];
+  const values = key === "origin" ? [...tokens.origin].map(
+    (letter) => own(ORIGIN_WORDS, letter) ?? "context"
+  ) : tokens[key] ?? [];
   let bins;
   if (key === "origin") {
     const paints = { context: "transparent", policy: tint("--accent", 0.45), demonstration: tint("--phase-2", 0.6) };
     bins = Object.keys(paints).map((name) => ({ label: name, paint: paints[name], holds: (value) => value === name }));
-  } else if (key === "mismatch") bins = risingBins([1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2], "--ramp", (bound) => powerOfTen(Math.round(Math.log10(bound))));
+  } else if (key === "mismatch") bins = risingBins(
+    [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2],
+    "--ramp",
+    (bound) => powerOfTen(Math.round(Math.log10(bound))),
+  );
   else if (key === "entropy") bins = risingBins([0.001, 0.01, 0.1, 0.5, 1, 2], "--phase-3", (bound) => number(bound));
   else if (key === "importance_weight") bins = WEIGHT_BINS;
   else if (key === "advantage") bins = advantageBins(groupAdvantage(group, tokens));
@@ -103,8 +132,16 @@ function legendOf(scale, length) {
     if (bin) counts.set(bin, counts.get(bin) + 1); else without += 1;
   }
   const entry = (paint, label, count) => el("li", { class: count ? "" : "absent" },
-    el("span", { class: "swatch", style: { background: paint } }), el("span", {}, label), el("span", { class: "muted" }, count.toLocaleString("en")));
+    el("span", { class: "swatch", style: { background: paint } },
+    ),
+    el("span", {}, label), el("span", { class: "muted" }, count.toLocaleString("en")));
   return el("ul", { class: "legend", "aria-label": "Legend, with the number of tokens" },
-    scale.bins.map((bin) => entry(bin.paint, bin.foreign ? foreign(bin.label, { limit: 40, more: false }) : bin.label, counts.get(bin))),
+    scale.bins.map(
+      (bin) => entry(
+        bin.paint,
+        bin.foreign ? foreign(bin.label, { limit: 40, more: false }) : bin.label,
+        counts.get(bin),
+      )
+    ),
     without ? entry("transparent", el("span", { class: "muted" }, "no value"), without) : null);
 }

@@ -8,7 +8,12 @@ const searched = new WeakMap();
 /** Everything an attempt says, in lower case, made once. */
 function searchText(group, trajectory) {
   if (!searched.has(trajectory)) {
-    const parts = [group.task_text, group.group_id, trajectory.error, ...(trajectory.messages ?? []).flatMap((message) => [message.content, message.malformed])];
+    const parts = [
+      group.task_text, group.group_id, trajectory.error,
+      ...(trajectory.messages ?? []).flatMap(
+        (message) => [message.content, message.malformed, message.name, message.recipient]
+      ),
+    ];
     searched.set(trajectory, parts.filter(Boolean).join("\n").toLowerCase());
   }
   return searched.get(trajectory);
@@ -34,16 +39,23 @@ function listedSteps(store, filter) {
   const alarmed = new Set(store.data.alarms.map((alarm) => `${alarm.stage} ${alarm.step}`));
   const found = series.train_step.map((_, row) => {
     const [stage, step] = [series.stage[row], series.step[row]];
-    return { stage, step, row, alarmed: alarmed.has(`${stage} ${step}`), readable: stage === "reinforcement" && store.readable(String(step)) };
+    return {
+      stage, step, row, alarmed: alarmed.has(`${stage} ${step}`),
+      readable: stage === "reinforcement" && store.readable(String(step)),
+    };
   });
   const rows = new Set(found.filter((one) => one.stage === "reinforcement").map((one) => String(one.step)));
-  for (const step of store.steps.keys()) if (!rows.has(step)) found.push({ stage: "reinforcement", step: Number(step), row: null, alarmed: false, readable: true });
+  for (const step of store.steps.keys()) if (!rows.has(step)) found.push(
+    { stage: "reinforcement", step: Number(step), row: null, alarmed: false, readable: true }
+  );
   return found.filter((one) => !filter.stage || one.stage === filter.stage).reverse();
 }
 
 function statuses(store) {
   const found = new Set();
-  for (const step of store.steps.values()) for (const group of step.groups) for (const trajectory of group.trajectories) found.add(String(trajectory.status));
+  for (const step of store.steps.values()) {
+    for (const group of step.groups) for (const { status } of group.trajectories) found.add(String(status));
+  }
   return [...found].sort();
 }
 
@@ -52,7 +64,9 @@ function field(label, control) {
 }
 
 function selectOf(name, options, filter, changed) {
-  const control = el("select", { name, on: { change: () => { filter[name] = control.value; changed(); } } }, options.map(([value, text]) => el("option", { value }, foreignOption(text))));
+  const control = el("select", { name, on: { change: () => { filter[name] = control.value; changed(); } } },
+    options.map(([value, text]) => el("option", { value }, foreignOption(text))),
+  );
   control.value = filter[name];
   return control;
 }
@@ -63,24 +77,55 @@ function foreignOption(text) {
 }
 
 function inputOf(name, filter, changed, attributes) {
-  const control = el("input", { name, ...attributes, value: filter[name], on: { input: () => { filter[name] = control.value.trim(); changed(); } } });
+  const control = el(
+    "input",
+    {
+      name, ...attributes, value: filter[name],
+      on: { input: () => { filter[name] = control.value.trim(); changed(); } },
+    },
+  );
   return control;
 }
 
 function filterForm(store, filter, changed) {
   const stages = [...new Set(store.data.series.stage)];
-  const malformed = el("input", { type: "checkbox", name: "malformed", on: { change: () => { filter.malformed = malformed.checked; changed(); } } });
+  const malformed = el(
+    "input",
+    { type: "checkbox", name: "malformed", on: { change: () => { filter.malformed = malformed.checked; changed(); } } },
+  );
   malformed.checked = filter.malformed;
   const number_ = { type: "number", step: "any", inputmode: "decimal" };
   return el("form", { class: "filters", "aria-label": "Filters", on: { submit: (event) => event.preventDefault() } },
-    field("Search", inputOf("text", filter, changed, { type: "search", placeholder: "task or what was said", autocomplete: "off", spellcheck: "false" })),
+    field(
+      "Search",
+      inputOf(
+        "text",
+        filter,
+        changed,
+        { type: "search", placeholder: "task or what was said", autocomplete: "off", spellcheck: "false" },
+      ),
+    ),
     el("div", { class: "field-row" },
       field("Success", selectOf("success", [["", "any"], ["yes", "yes"], ["no", "no"]], filter, changed)),
-      field("Status", selectOf("status", [["", "any"], ...statuses(store).map((status) => [status, status.replaceAll("_", " ")])], filter, changed))),
+      field(
+        "Status",
+        selectOf(
+          "status",
+          [["", "any"], ...statuses(store).map((status) => [status, status.replaceAll("_", " ")])],
+          filter,
+          changed,
+        ),
+      )),
     el("div", { class: "field-row" },
-      field("Reward from", inputOf("least", filter, changed, number_)), field("to", inputOf("most", filter, changed, number_))),
+      field(
+        "Reward from",
+        inputOf("least", filter, changed, number_),
+      ), field("to", inputOf("most", filter, changed, number_))),
     el("div", { class: "field-row" },
-      field("Stage", selectOf("stage", [["", "all"], ...stages.map((stage) => [stage, stageWords(stage)])], filter, changed)),
+      field(
+        "Stage",
+        selectOf("stage", [["", "all"], ...stages.map((stage) => [stage, stageWords(stage)])], filter, changed),
+      ),
       el("label", { class: "field check" }, malformed, el("span", {}, "malformed only"))));
 }
 
@@ -90,10 +135,16 @@ function stepRow(store, one, current) {
   const success = one.row === null ? null : series.success?.[one.row];
   const share = typeof success === "number" ? success : null;
   const cells = [
-    el("span", { class: "step-number" }, one.stage === "reinforcement" ? `step ${number(one.step)}` : `${stageWords(one.stage)} ${number(one.step)}`),
-    one.alarmed ? el("span", { class: "alarm-dot", title: "alarm" }, el("span", { class: "visually-hidden" }, "alarm")) : null,
+    el("span", { class: "step-number" },
+      one.stage === "reinforcement" ? `step ${number(one.step)}` : `${stageWords(one.stage)} ${number(one.step)}`,
+    ),
+    one.alarmed ? el("span", { class: "alarm-dot", title: "alarm" },
+      el("span", { class: "visually-hidden" }, "alarm"),
+    ) : null,
     el("span", { class: "step-figures" }, typeof reward === "number" ? aligned(reward) : "\u2013"),
-    el("span", { class: "meter", "aria-hidden": "true" }, share === null ? null : el("span", { style: { width: `${100 * share}%` } })),
+    el("span", { class: "meter", "aria-hidden": "true" },
+      share === null ? null : el("span", { style: { width: `${100 * share}%` } }),
+    ),
   ];
   return el("li", {}, one.readable
     ? el("a", { class: "step-row", href: `#${one.step}`, "aria-current": current ? "true" : null }, cells)
@@ -103,15 +154,23 @@ function stepRow(store, one, current) {
 function attemptRows(store, filter, current) {
   const rows = [];
   let read = 0;
-  const steps = [...store.steps].filter(() => !filter.stage || filter.stage === "reinforcement").sort((a, b) => Number(b[0]) - Number(a[0]));
+  const steps = [...store.steps].filter(
+    () => !filter.stage || filter.stage === "reinforcement"
+  ).sort((a, b) => Number(b[0]) - Number(a[0]));
   for (const [step, { groups }] of steps) {
     for (const group of groups) {
       for (const trajectory of group.trajectories) {
         read += 1;
         if (!matches(filter, group, trajectory)) continue;
         const reference = `${step}/${trajectory.trajectory}`;
-        rows.push(() => el("li", {}, el("a", { class: "attempt-row", href: `#${reference}`, "aria-current": reference === current ? "true" : null },
-          el("span", { class: "attempt-head" }, el("span", {}, reference), rewardPill(trajectory)), el("span", { class: "muted" }, foreignLine(group.task_text, 90)))));
+        rows.push(() => el("li", {}, el("a", {
+          class: "attempt-row", href: `#${reference}`, "aria-current": reference === current ? "true" : null,
+        },
+          el("span", { class: "attempt-head" },
+            el("span", {}, reference),
+            rewardPill(trajectory),
+          ),
+          el("span", { class: "muted" }, foreignLine(group.task_text, 90)))));
       }
     }
   }
@@ -139,8 +198,16 @@ function stepList(store, place) {
       replace(summary, `${counted(steps.length, "step")}; reward, success`);
     }
     replace(list, rows.slice(0, shown).map((make) => make()));
-    if (!rows.length) list.append(el("li", { class: "empty-text" }, narrows(filter) ? "Nothing matches." : "No step has been recorded yet."));
-    if (rows.length > shown) list.append(el("li", {}, el("button", { type: "button", class: "link-button", on: { click: () => { shown += 1000; fill(); } } }, `show more of ${rows.length.toLocaleString("en")}`)));
+    if (!rows.length) list.append(
+      el("li", { class: "empty-text" }, narrows(filter) ? "Nothing matches." : "No step has been recorded yet.")
+    );
+    if (rows.length > shown) list.append(
+      el("li", {},
+        el("button", { type: "button", class: "link-button", on: { click: () => { shown += 1000; fill(); } } },
+          `show more of ${rows.length.toLocaleString("en")}`,
+        ),
+      )
+    );
   };
   let soon = null;
   const changed = () => { clearTimeout(soon); soon = setTimeout(() => { shown = ROWS_AT_ONCE; fill(); }, 120); };
@@ -148,6 +215,10 @@ function stepList(store, place) {
   const form = () => replace(box, filterForm(store, filter, changed));
   clear.addEventListener("click", () => { Object.assign(filter, NO_FILTER); form(); fill(); });
   form();
-  const node = el("aside", { class: "card side", "aria-label": "Steps" }, box, el("div", { class: "list-head" }, summary, clear), list);
+  const node = el("aside", { class: "card side", "aria-label": "Steps" },
+    box,
+    el("div", { class: "list-head" }, summary, clear),
+    list,
+  );
   return { node, refresh: fill };
 }

@@ -1,19 +1,27 @@
-// The data of the page: what was written into it, steps fetched when served, and live refreshes. Never executed, only read.
+// The data of the page: what was written into it, steps fetched when served, and live refreshes. Never executed,
+// only read.
 
 const POLL_SECONDS = 2;
 
 function readData() {
   const data = JSON.parse(document.getElementById("keel-data").textContent);
-  if (data.schema_version !== 1) throw new Error(`this page shows schema_version 1, the data has ${String(data.schema_version).slice(0, 20)}`);
+  if (data.schema_version !== 1) throw new Error(
+    `this page shows schema_version 1, the data has ${String(data.schema_version).slice(0, 20)}`
+  );
   return data;
 }
 
-/** `data` as written; `steps` maps a step's number (text) to its groups; `changed` listeners are called after a refresh. */
+/**
+ * `data` as written; `steps` maps a step's number (text) to its groups; `changed` listeners are called after a
+ * refresh.
+ */
 function makeStore(data) {
   const store = {
     data, changed: [], steps: new Map(Object.entries(data.steps)), waiting: new Map(),
     /** Is there a record of the step, here or at the server? */
-    readable: (step) => store.steps.has(step) || (store.data.live === true && (store.data.run.recorded_steps ?? []).includes(Number(step))),
+    readable: (step) => store.steps.has(step) || (
+      store.data.live === true && (store.data.run.recorded_steps ?? []).includes(Number(step))
+    ),
     find: (reference) => {
       const [step, trajectory] = String(reference).split("/");
       return findTrajectory(store.steps.get(step), Number(trajectory));
@@ -24,7 +32,9 @@ function makeStore(data) {
       const whole = here && !(store.data.live === true && here.left_out > 0);
       if (whole || !store.readable(step) || store.data.live !== true) return here ?? null;
       if (!store.waiting.has(step)) {
-        store.waiting.set(step, fetchJson(`step/${Number(step)}.json`).then((found) => { store.steps.set(step, found); return found; })
+        store.waiting.set(step, fetchJson(`step/${Number(step)}.json`).then(
+          (found) => { store.steps.set(step, found); return found; }
+        )
           .catch(() => here ?? null).finally(() => store.waiting.delete(step)));
       }
       return store.waiting.get(step);
@@ -54,7 +64,10 @@ async function fetchJson(address) {
   return answer.json();
 }
 
-/** Asks the server for newer data while the run goes on and the page is looked at; the slower the answer, the more seldom. */
+/**
+ * Asks the server for newer data while the run goes on and the page is looked at; the slower the answer, the more
+ * seldom.
+ */
 function keepFresh(store, said) {
   let due = 0;
   const ask = async () => {
@@ -64,7 +77,8 @@ function keepFresh(store, said) {
     try {
       const next = await fetchJson("data.json");
       said(null);
-      if (next.run.updated_unix_s !== store.data.run.updated_unix_s || next.run.state !== store.data.run.state) store.take(next);
+      const [was, is] = [store.data.run, next.run];
+      if (is.updated_unix_s !== was.updated_unix_s || is.state !== was.state) store.take(next);
     } catch {
       said("The server does not answer: what is shown is the last that came.");
     } finally {

@@ -1,4 +1,5 @@
-// Alarms on the step axis: one lane per rule, one mark per stretch of steps. Rules and texts come from the run, so nothing here goes through plotly.
+// Alarms on the step axis: one lane per rule, one mark per stretch of steps. Rules and texts come from the run, so
+// nothing here goes through plotly.
 
 const SEVERITIES = ["warn", "skip", "stop"];
 const LANES_SHOWN = 6; // with one more line for the others
@@ -15,7 +16,9 @@ function stretchesOf(alarms) {
       newest.last = alarm.train_step;
       newest.count += 1;
     } else {
-      stretches.push({ rule, severity: alarm.severity, from: alarm.train_step, last: alarm.train_step, count: 1, alarm });
+      stretches.push(
+        { rule, severity: alarm.severity, from: alarm.train_step, last: alarm.train_step, count: 1, alarm }
+      );
     }
   }
   return byRule;
@@ -29,7 +32,10 @@ function stepWords(alarm) {
   return `${stageWords(alarm.stage)} step ${number(alarm.step)}`;
 }
 
-/** The chart of alarms: {node, draw(range), show, hide, positionAt}. `said(alarm, count)` shows an alarm's text, `said(null)` ends it. */
+/**
+ * The chart of alarms: {node, draw(range), show, hide, positionAt}. `said(alarm, count)` shows an alarm's text,
+ * `said(null)` ends it.
+ */
 function alarmTimeline(axis, alarms, steps, said) {
   const box = el("div", { class: "lanes" });
   const hair = el("div", { class: "hair", hidden: true });
@@ -43,9 +49,16 @@ function alarmTimeline(axis, alarms, steps, said) {
       marks.push([mark, stretch]);
       lane.append(mark);
     }
-    box.append(el("div", { class: "lane-row" }, el("span", { class: "lane-name" }, foreignLine(rule.replaceAll("_", " "), 40)), lane));
+    box.append(
+      el("div", { class: "lane-row" },
+        el("span", { class: "lane-name" }, foreignLine(rule.replaceAll("_", " "), 40)),
+        lane,
+      )
+    );
   }
-  if (byRule.length > shown) box.append(el("p", { class: "muted small" }, `and ${counted(byRule.length - shown, "other rule")}`));
+  if (byRule.length > shown) box.append(
+    el("p", { class: "muted small" }, `and ${counted(byRule.length - shown, "other rule")}`)
+  );
   box.append(hair);
   const laneLeft = () => (box.querySelector(".lane")?.offsetLeft ?? 0);
   const laneWidth = () => box.querySelector(".lane")?.clientWidth || 1;
@@ -64,7 +77,9 @@ function alarmTimeline(axis, alarms, steps, said) {
   draw();
   return {
     box, draw,
-    positionAt: (clientX) => range[0] + ((clientX - box.getBoundingClientRect().left - laneLeft()) / laneWidth()) * (range[1] - range[0]),
+    positionAt: (clientX) => range[0] + (
+      (clientX - box.getBoundingClientRect().left - laneLeft()) / laneWidth()
+    ) * (range[1] - range[0]),
     show: (position) => {
       hair.hidden = shareOf(position) < 0 || shareOf(position) > 1;
       hair.style.left = `${laneLeft() + shareOf(position) * laneWidth()}px`;
@@ -75,9 +90,14 @@ function alarmTimeline(axis, alarms, steps, said) {
 
 function alarmMark(stretch, steps, said) {
   const severity = SEVERITIES.includes(stretch.severity) ? stretch.severity : "warn";
-  const where = stretch.from === stretch.last ? `training step ${stretch.from}` : `training steps ${stretch.from} to ${stretch.last}`;
+  const { from, last } = stretch;
+  const where = from === last ? `training step ${from}` : `training steps ${from} to ${last}`;
   const say = () => said(stretch.alarm, stretch.count);
   const readable = stretch.alarm.stage === "reinforcement" && steps.has(String(stretch.alarm.step));
-  const attributes = { class: `mark-${severity} alarm-mark`, "aria-label": `${severity}, ${where}`, on: { mouseenter: say, focus: say, mouseleave: () => said(null), blur: () => said(null) } };
-  return readable ? el("a", { ...attributes, href: `#${stretch.alarm.step}` }) : el("button", { ...attributes, type: "button" });
+  const attributes = {
+    class: `mark-${severity} alarm-mark`, "aria-label": `${severity}, ${where}`,
+    on: { mouseenter: say, focus: say, mouseleave: () => said(null), blur: () => said(null) },
+  };
+  return readable ? el("a", { ...attributes, href: `#${stretch.alarm.step}` },
+  ) : el("button", { ...attributes, type: "button" });
 }
