@@ -267,9 +267,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 def test_no_backend_is_an_error_and_never_a_fallback() -> None:
     cpu, card, nowhere = (torch.device(name) for name in ("cpu", "cuda:1", "meta"))
-    with pytest.raises(
-        AttentionBackendError, match=r"tensors on meta of torch.float32.*available: 'cpu'"
-    ):
+    with pytest.raises(AttentionBackendError, match=r"tensors on meta of torch.float32.*available: 'cpu'"):
         choose_backend("auto", nowhere, torch.float32)
     with pytest.raises(AttentionBackendError, match=r"no backend for tensors on cpu of torch.float16"):
         choose_backend("auto", cpu, torch.float16)
