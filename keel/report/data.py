@@ -94,7 +94,11 @@ def report_data(
     data |= page.fill(rows, _troubled(alarms, found), gap_limit=100 * healthy[bands.MISMATCH].healthy_max)
     if page.checked:
         data["invariants"].append(invariants.no_failed_world_is_zero(page.checked))
-    data["verdict"]["notes"] = verdict.notes(rows, found, updates_per_batch=updates, problems=run.problems)
+    recorded = verdict.recorded_notes(run.recorded_evaluations)
+    data["verdict"]["notes"] = [
+        *verdict.notes(rows, found, updates_per_batch=updates, problems=run.problems),
+        *map(without_secrets, recorded),
+    ]
     return data
 
 

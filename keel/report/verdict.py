@@ -92,6 +92,22 @@ def notes(
     return said
 
 
+def recorded_notes(evaluations: Sequence[Row]) -> list[str]:
+    """What was measured after the run, `MAX_FINDINGS` at most, the newest last. The verdict knows nothing of it."""
+    newest = sorted(evaluations, key=lambda row: number(row.get("unix_s")) or 0.0)[-MAX_FINDINGS:]
+    said = []
+    for row in newest:
+        tasks, share = number(row.get("num_tasks")), number(row.get("success"))
+        value, name = (share, "success") if share is not None else (number(row.get("reward")), "reward")
+        low, high = number(row.get(f"{name}_low")), number(row.get(f"{name}_high"))
+        shown = _percent if name == "success" else "{:.4g}".format
+        interval = f" (95 % interval {shown(low)} to {shown(high)})" if low is not None and high is not None else ""
+        found = "nothing" if value is None else f"{name} {shown(value)}{interval}"
+        where = f"{cut(str(row.get('model')), 80)} on {cut(str(row.get('env')), 80)}, {tasks or 0:,} tasks"
+        said.append(f"Evaluated afterwards ({cut(str(row.get('name')), 80)}): {where}: {found}.")
+    return said
+
+
 def progress(rows: Sequence[Row], evaluations: Sequence[Row]) -> Progress:
     """From held-out success before and after reinforcement if there is any, else from early and late rewards."""
     measured = [row for row in evaluations if number(row.get("success")) is not None]

@@ -25,19 +25,7 @@ from keel.records import step_streams
 from keel.rollouts.store import write_step_record, write_trajectories
 from keel.runs import Run, load_record, load_run
 from keel.types import Message, Task, Trajectory
-
-HOSTILE = (
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "\"'><svg/onload=alert(1)>",
-    "&lt;b&gt; &amp;",
-    "\x1b[31mred\x1b]8;;http://x\x07",
-    "\u202egnp.exe\u2066",
-    "../../../etc/passwd",
-    "\u2028\u2029\x00",
-    "<!--",
-    "x" * 5000,
-)
+from tests.hostile import HOSTILE
 
 
 def write_run(path: Path, groups: list, *, close: bool = True, **config: object) -> RunLog:
@@ -408,31 +396,42 @@ class Tags(HTMLParser):
     handle_decl = handle_pi = unknown_decl = handle_comment
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_foreign_text_never_becomes_markup(tmp_path, groups, text):
-    log = write_run(tmp_path / "run", groups, close=False)
-    log.log_eval(text, {"success": 0.5, "success_low": 0.4, "success_high": 0.6}, step=2)
-    log.close("stopped", text)
-    path = tmp_path / "run" / "steps" / "000003.safetensors"
-    streams = dict(load_run(tmp_path / "run").step(1).streams)
-    write_step_record(path, {**streams, text[:99].replace("\0", ""): streams["input_ids"]}, {"step": 3})
-    run = load_run(tmp_path / "run")
+def test_foreign_text_never_becomes_markup(tmp_path, groups):
+    """Of a run whose evaluations, streams and reason are hostile, and of a summary for each such text."""
     share = {"success": 0.5, "success_low": 0.4, "success_high": 0.6}
-    summary = RunSummary(text, "failed", text, 1, {text: share}, {text: 2}, {text: 3.0})
-    for result in (run, run.step(3), summary):
+    log = write_run(tmp_path / "run", groups, close=False)
+    for step, text in enumerate(HOSTILE.values()):
+        log.log_eval(_utf8(text), share, step=step)
+    log.close("stopped", _utf8("".join(HOSTILE.values())))
+    streams = dict(load_run(tmp_path / "run").step(1).streams)
+    named = {_utf8(text)[:99].replace("\0", ""): streams["input_ids"] for text in HOSTILE.values()}
+    path = tmp_path / "run" / "steps" / "000003.safetensors"
+    write_step_record(path, {**streams, **named}, {"step": 3})
+    run = load_run(tmp_path / "run")
+    summaries = [
+        RunSummary(text, "failed", text, 1, {text: share}, {text: 2}, {text: 3.0}) for text in HOSTILE.values()
+    ]
+    for result in (run, run.step(3), *summaries):
         page = Tags(result._repr_html_())
         assert page.tags <= {"div", "strong", "table", "tr", "th", "td"}
         assert page.attributes <= {("style", "text-align:left")}
         assert not set(page.text) & set("\x1b\x07\x00\u202e\u2066\u2028"), "control characters"
-        assert printable(text)[:10] in page.text
-        assert len(page.text) < 5000
+    told = Tags(run._repr_html_()).text
+    for text, summary in zip(HOSTILE.values(), summaries, strict=True):
+        assert printable(text)[:10] in Tags(summary._repr_html_()).text
+        assert printable(_utf8(text))[:10] in told
+
+
+def _utf8(text: str) -> str:
+    """What a file can hold of it: no lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def test_a_text_in_a_trajectory_is_read_as_it_was_written(tmp_path, make_groups):
     group = make_groups(1, 1)[0]
     (attempt,) = group.trajectories
-    said = tuple(Message("user", text) for text in HOSTILE)
-    spoken = dataclasses.replace(attempt, prompt=said, task=Task(HOSTILE[0], {"q": HOSTILE[1]}))
+    said = tuple(Message("user", _utf8(text)) for text in HOSTILE.values())
+    spoken = dataclasses.replace(attempt, prompt=said, task=Task(said[0].content, {"q": said[1].content}))
     write_run(tmp_path / "run", [dataclasses.replace(group, trajectories=(spoken,))])
     (found,) = load_run(tmp_path / "run").trajectories(1)
     assert isinstance(found, Trajectory)
