@@ -85,7 +85,7 @@ def _measure(config: TrainConfig, num_tasks: int, *, with_learner: bool, warm_st
             groups=tuple(groups),
             metrics={**metrics, **learned},
             projection=_project(config, num_tasks, metrics, learned),
-            memory=MemoryUse(plan.memory.total, before, _peak_bytes(), machine_bytes(), card_peak, card),
+            memory=MemoryUse(plan.peak_bytes, before, _peak_bytes(), machine_bytes(), card_peak, card),
             shown=shown,
             episode=episode_parts(shown, tokenizer.decode),
             device=describe_device(device),
