@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import multiprocessing
+import signal
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -216,7 +217,8 @@ class EngineProcess:
         finally:
             self._process.join(STOP_TIMEOUT_S)
             if self._dead is None:
-                self._dead = f"engine process {self.pid} ended with code {self._process.exitcode}{fault}"
+                killed = " (killed, often for want of memory)" if self._process.exitcode == -signal.SIGKILL else ""
+                self._dead = f"engine process {self.pid} ended with code {self._process.exitcode}{killed}{fault}"
             for waiter in list(self._waiters.values()):
                 waiter.give(None, EngineError(self._dead))
 
