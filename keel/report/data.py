@@ -92,6 +92,7 @@ def report_data(
     room = None if budget_bytes is None else max(0, budget_bytes - len(to_json(data)))
     page = Page(run, words, room, max_steps, live=live)
     data |= page.fill(rows, _troubled(alarms, found), gap_limit=100 * healthy[bands.MISMATCH].healthy_max)
+    data["sampling"] = " ".join([data["sampling"], *_left_out(data, len(rows), len(run.alarms))])
     if page.checked:
         data["invariants"].append(invariants.no_failed_world_is_zero(page.checked))
     recorded = verdict.recorded_notes(run.recorded_evaluations)
@@ -100,6 +101,17 @@ def report_data(
         *map(without_secrets, recorded),
     ]
     return data
+
+
+def _left_out(data: dict[str, Any], num_rows: int, num_alarms: int) -> list[str]:
+    """Sentences on rows and alarms that the data does not hold."""
+    said = []
+    drawn = len(data["series"]["train_step"])
+    if drawn < num_rows:
+        said.append(f"Curves have {drawn:,} of {num_rows:,} rows: the smallest and largest of every stretch are kept.")
+    if len(data["alarms"]) < num_alarms:
+        said.append(f"Of {num_alarms:,} alarms the first {len(data['alarms']):,} are shown.")
+    return said
 
 
 def _troubled(alarms: list[dict[str, Any]], found: list[findings.Finding]) -> list[int]:

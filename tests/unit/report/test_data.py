@@ -219,3 +219,28 @@ def test_evaluations_recorded_later_are_told_of_and_change_no_verdict(named_run,
     assert any("broken.json" in note for note in after["verdict"]["notes"])
     assert after["evaluations"] == before["evaluations"]
     assert {**after["verdict"], "notes": []} == {**before["verdict"], "notes": []}
+
+
+def test_rows_and_alarms_that_are_left_out_are_stated(named_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(named_run("no_records"), run)
+    row = {"schema_version": 1, "stage": "reinforcement", "reward/mean": 0.5}
+    alarm = {
+        "schema_version": 1,
+        "kind": "alarm",
+        "stage": "reinforcement",
+        "rule": "r",
+        "severity": "warn",
+        "text": "t",
+    }
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in range(60, 3_060):
+            file.write(json.dumps({**row, "kind": "step", "step": step, "train_step": step + 41}) + "\n")
+        for step in range(450):
+            file.write(json.dumps({**alarm, "step": step, "train_step": step + 41, "first_step": step}) + "\n")
+    data = report_data(run)
+    drawn = len(data["series"]["step"])
+    assert drawn < 3_100
+    assert f"Curves have {drawn:,} of 3,100 rows" in data["sampling"]
+    assert "Of 450 alarms the first 400 are shown." in data["sampling"]
+    assert data["series"]["step"][-1] == 3_059
