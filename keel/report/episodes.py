@@ -30,7 +30,7 @@ from keel.report import wholeness
 from keel.report.plain import cut, number, plain
 from keel.report.tokens import TokenText, token_streams
 from keel.runs import Run, SequenceView, StepRecord
-from keel.secrecy import scrubbed_values
+from keel.secrecy import scrubbed, scrubbed_values
 from keel.types import Message, Trajectory
 
 Json = dict[str, Any]
@@ -113,7 +113,7 @@ def trajectory_json(step: RecordedStep, index: int, words: TokenText | None, *, 
         "success": trajectory.success if isinstance(trajectory.success, bool) else None,
         "reward": None if trajectory.failed else number(trajectory.reward),
         "reward_parts": plain(dict(trajectory.reward_parts)),
-        "error": cut(trajectory.error, 4_000) if isinstance(trajectory.error, str) else None,
+        "error": cut(scrubbed(trajectory.error), 4_000) if isinstance(trajectory.error, str) else None,
         "num_tokens": sum(len(view.streams["labels"]) + 1 for view in views) or None,
         "num_policy_tokens": sum(int((view.streams["policy_version"] >= 0).sum()) for view in views) or None,
         "metrics": plain(dict(trajectory.metrics)),
@@ -156,7 +156,7 @@ def messages_json(trajectory: Trajectory) -> list[Json]:
 def task_text(trajectory: Trajectory) -> str:
     """A task in a line or two: the last message of a user, or its data."""
     asked = [message.content for message in trajectory.prompt if message.role == "user"]
-    return cut(str(asked[-1]) if asked else json.dumps(plain(dict(trajectory.task.data))), 2_000)
+    return cut(scrubbed(str(asked[-1]) if asked else json.dumps(plain(dict(trajectory.task.data)))), 2_000)
 
 
 def step_json(step: RecordedStep, words: TokenText | None, shown: Mapping[int, Json] | None = None) -> Json:

@@ -13,6 +13,7 @@ from keel.config import TrainConfig
 from keel.monitor.rows import RunDirectoryError
 from keel.report.plain import cut
 from keel.runs import Run
+from keel.secrecy import scrubbed
 
 STAGES = ("warm_start", "reinforcement")
 REINFORCEMENT = "reinforcement"
@@ -52,7 +53,7 @@ def alarm_rows(run: Run) -> list[Row]:
             "step": whole(row.get("step"), 0),
             "rule": cut(str(row.get("rule", "")), 80),
             "severity": row["severity"] if row.get("severity") in ("warn", "skip", "stop") else "warn",
-            "text": cut(str(row.get("text", "")), 2_000),
+            "text": cut(scrubbed(str(row.get("text", ""))), 2_000),
             "first_step": whole(row.get("first_step"), whole(row.get("step"), 0)),
         }
         for row in run.alarms[:MAX_ALARMS]

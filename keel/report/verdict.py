@@ -94,7 +94,7 @@ def notes(
 
 def recorded_notes(evaluations: Sequence[Row]) -> list[str]:
     """What was measured after the run, `MAX_FINDINGS` at most, the newest last. The verdict knows nothing of it."""
-    newest = sorted(evaluations, key=lambda row: number(row.get("unix_s")) or 0.0)[-MAX_FINDINGS:]
+    newest = sorted(evaluations, key=lambda row: number(row.get("unix_s"), 14) or 0.0)[-MAX_FINDINGS:]
     said = []
     for row in newest:
         tasks, share = number(row.get("num_tasks")), number(row.get("success"))

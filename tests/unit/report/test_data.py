@@ -244,3 +244,20 @@ def test_rows_and_alarms_that_are_left_out_are_stated(named_run, tmp_path):
     assert f"Curves have {drawn:,} of 3,100 rows" in data["sampling"]
     assert "Of 450 alarms the first 400 are shown." in data["sampling"]
     assert data["series"]["step"][-1] == 3_059
+
+
+def test_a_key_that_a_model_or_a_world_repeats_is_not_shown(named_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(named_run("small"), run)
+    key = "hf_" + "aB3d" * 8
+    file = run / "trajectories" / "000003.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["prompt"][0]["content"] += key
+        line["turns"][0]["observation"][0]["content"] = key
+        line["error"] = f"401 for {key}"
+    file.unlink()
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = to_json(report_data(run))
+    assert key not in text
+    assert text.count("[secret]") >= 3 * 8
