@@ -184,7 +184,7 @@ def _all_the_same(seen: Outcomes) -> list[Cause]:
     if success is None or seen.kept == 0:
         return []
     if success >= ALL:
-        what = f"{percent(success)} of attempts succeed: the tasks are too easy for this policy"
+        what = f"{percent(success)} of attempts succeed: the tasks are too easy for this policy, or it has learned them"
         return [Cause("all_right", what, "give it harder tasks, or leave out those that it always solves")]
     if success <= 1.0 - ALL:
         what = f"{percent(success)} of attempts succeed: the tasks are too hard for this policy"
