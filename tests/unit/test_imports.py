@@ -184,6 +184,7 @@ LIGHT_ROOMS = [
     "keel.envs",
     "keel.rewards",
     "keel.engines.base",
+    "keel.report.serve",
 ]
 
 
