@@ -15,9 +15,12 @@ from keel.monitor.runlog import RunLog
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored():
-    before = [signal.getsignal(number) for number in HANDLED]
+    """As in a program of a terminal's; pytest itself may be a background job, which ignores SIGINT."""
+    own = [signal.signal(number, signal.default_int_handler) for number in HANDLED]
     yield
-    assert [signal.getsignal(number) for number in HANDLED] == before
+    assert [signal.getsignal(number) for number in HANDLED] == [signal.default_int_handler] * len(HANDLED)
+    for number, handler in zip(HANDLED, own, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture
