@@ -55,6 +55,8 @@ def choose(found: Sequence[Candidate], gap_limit: float = OUTLIER_NATS) -> dict[
         text = f"the lowest reward, {worst.trajectory.reward:.3g}, in the last step that has it"
         if worst.trajectory.status == "truncated":
             text += "; it was cut by a limit"
+        elif any(turn.malformed is not None for turn in worst.trajectory.turns):
+            text += "; a reply of it could not be read"
         chosen["worst"] = (worst, text)
     others = [each for each in found if each.ref not in {picked.ref for picked, _ in chosen.values()}]
     for rule in (_largest_gap(gap_limit), _rewarded_though_unreadable, _least_likely_success, _odd_length):

@@ -21,6 +21,8 @@ def test_best_is_the_highest_reward_lately_in_few_tokens_and_worst_the_lowest():
     shorter = attempt(2, 20, 0.9, drawn=3)
     found = refs([*CROWD, shorter])
     assert (found["best"], found["worst"]) == ("2/20", "2/0")
+    unreadable = attempt(3, 0, -1.0, malformed="no channel")
+    assert choose([*CROWD, unreadable])["worst"][1].endswith("; a reply of it could not be read")
 
 
 def test_the_strangest_is_first_of_all_where_engine_and_learner_part():
