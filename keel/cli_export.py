@@ -33,6 +33,7 @@ def export(
     from keel.export import export_run
 
     done = export_run(run_dir, checkpoint=checkpoint, out=out, merged=merged, dtype=dtype, push=push)
-    print(f"wrote the {done.kind} of checkpoint {one_line(done.checkpoint.name)} to {one_line(str(done.path))}")
+    what = "merged weights" if done.kind == "merged" else done.kind
+    print(f"wrote the {what} of checkpoint {one_line(done.checkpoint.name)} to {one_line(str(done.path))}")
     if done.url:
         print(f"pushed to {one_line(done.url)}")

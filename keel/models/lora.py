@@ -265,7 +265,7 @@ def _suffixes(names: Sequence[str], *, parts: int = 2) -> list[str]:
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
-    """Put PEFT's modules in, in the model's own type, and give them Keel's forward; returns the targets they are on."""
+    """Put PEFT's modules in and give them Keel's forward; returns the targets they are on."""
     from peft import inject_adapter_in_model
 
     if config.target_parameters and any(
@@ -283,12 +283,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
         fit_adapter(model)
     except ValueError as error:
         raise AdapterError(f"{error}; leave the others out") from error
-    on = _targets_of(model, places)
-    dtype = model.get_input_embeddings().weight.dtype
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)  # PEFT widens narrow ones; the optimizer has masters
-    return on
+    return _targets_of(model, places)
 
 
 def _targets_of(model: nn.Module, places: Mapping[str, str]) -> tuple[str, ...]:

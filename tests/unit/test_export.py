@@ -233,7 +233,7 @@ def test_the_command(runs, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shown = CliRunner().invoke(app, ["export", str(runs("lora")), "--out", str(out), "--merged", "--dtype", "bfloat16"])
     assert shown.exit_code == 0, shown.output
-    assert f"wrote the merged of checkpoint 000003 to {out}" in shown.output.replace("\n", "")
+    assert f"wrote the merged weights of checkpoint 000003 to {out}" in shown.output.replace("\n", "")
     token = "hf_" + "a" * 30
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_TOKEN": token}
     arguments = ["export", str(runs("full")), "--out", str(tmp_path / "pushed"), "--push", "me/agent"]
