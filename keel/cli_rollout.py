@@ -102,7 +102,7 @@ def print_episode(shown: Trajectory, parts: tuple[EpisodePart, ...], console: Co
 
     What a model or a tool wrote stays in a column of its own, so no line of it can pass for one of ours.
     """
-    _print_marked(console, "episode", _headline(shown), "bold")
+    _print_marked(console, "episode:", _headline(shown), "bold")
     console.print(Text("c| was read by the policy, p> was drawn by it", style="dim"))
     for part in parts:
         mark, style = GUTTERS[part.origin]

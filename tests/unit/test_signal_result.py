@@ -150,7 +150,7 @@ def test_long_texts_are_cut_unless_all_is_asked_for():
     assert as_text(found, whole=True).count("x") >= 5 * (ABRIDGED + 77)
 
 
-OURS = ("c| ", "p> ", "   ", "episode ", "could not be read: ", "turn ", "no signal", "- ", "  what")
+OURS = ("c| ", "p> ", "   ", "episode: ", "could not be read: ", "turn ", "no signal", "- ", "  what")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
