@@ -161,6 +161,21 @@ def test_pausing_holds_and_resuming_releases(engine: Engine) -> None:
     asyncio.run(main())
 
 
+def test_memory_is_given_back_while_idle_and_changes_no_answer(engine: Engine) -> None:
+    async def main() -> tuple[GenerateResult, GenerateResult]:
+        before = await engine.generate(ask(session="kept"))
+        await engine.release_memory()
+        after = await engine.generate(ask(session="other"))
+        for session in ("kept", "other"):
+            await engine.end_session(session)
+        return before, after
+
+    before, after = asyncio.run(main())
+    assert before.spans == after.spans
+    assert after.num_cached_tokens == 0
+    assert engine.capabilities().cache_bytes > 0
+
+
 def test_a_bad_score_request_is_an_error_and_no_more(engine: Engine) -> None:
     with pytest.raises(EngineError, match="score"):
         asyncio.run(engine.score(()))
