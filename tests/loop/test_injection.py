@@ -190,5 +190,6 @@ def test_an_episode_shown_is_only_text(world):
         "rollout.groups_per_step=4",
         cwd=run_dir.parent,
     )
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "p> <|channel|>final<|message|>" in done.stdout
     assert acting(done.stdout) | acting(done.stderr) == set()
