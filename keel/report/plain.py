@@ -51,11 +51,12 @@ def without_secrets(text: str) -> str:
 
 def number(value: Any, digits: int = 6) -> int | float | None:
     """A finite number with `digits` significant digits, an integer where it is one; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+    if type(value) is not float:  # most are, and a page has hundreds of thousands
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return int(value) if is_whole and _is_finite(value) else None
+    if not math.isfinite(value):
         return None
-    if isinstance(value, int):
-        return value
-    rounded = float(f"{value:.{digits}g}")
+    rounded = float(format(value, f".{digits}g"))
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
