@@ -25,7 +25,7 @@ from keel.engines.base import GenerateRequest
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.export import ExportError, export_run
 from keel.export_card import as_text
-from keel.export_push import PushRefusedError
+from keel.export_push import PushFailedError, PushRefusedError
 from keel.loop import train
 from keel.models.policy import PolicyModel
 from keel.runs import load_run
@@ -226,6 +226,24 @@ def test_push_is_refused_before_anything_is_written(runs, tmp_path, monkeypatch)
     with pytest.raises(PushRefusedError, match="HF_HUB_OFFLINE is set"):
         export_run(run, out=out, merged=True, push="me/agent")
     assert not out.exists()
+
+
+def test_a_push_that_fails_leaves_the_export_and_tells_no_token(runs, tmp_path, monkeypatch):
+    """Nothing listens at the address, which is this machine's."""
+    token = "hf_" + "b" * 30
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PushFailedError, match=r"the export lies whole at .*: `hf upload me/agent") as caught:
+        export_run(runs("full"), out=tmp_path / "out", push="me/agent")
+    assert token not in str(caught.value)
+    assert not any(token.encode() in file.read_bytes() for file in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "README.md").is_file()
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(PushRefusedError, match="not logged in to the hub; `hf auth login`"):
+        export_run(runs("full"), out=tmp_path / "other", push="me/agent")
 
 
 def test_the_command(runs, tmp_path, monkeypatch):
