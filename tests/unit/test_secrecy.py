@@ -15,7 +15,7 @@ from keel.secrecy import SecretError, refuse_secrets, scrubbed, scrubbed_values
 PLANTED = {
     "OPENAI_API_KEY": "planted-Zq4v8Lr2-key",
     "HF_TOKEN": "plain_word_but_a_token_7",
-    "DB_PASSWORD": 'quote"and\\slash-9',
+    "DB_PASSWORD": 'quote"and\\slash-9é',
     "SERVICE_SECRET": "/no/such/path/9a8b7c",
     "GITHUB_PAT": "1234567890abcdef1234",
 }
