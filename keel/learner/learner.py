@@ -23,6 +23,7 @@ from keel.learner.optim import MasterAdamW, learning_rate
 from keel.learner.randomness import seed_random_states
 from keel.learner.stats import Stats
 from keel.models.adapter_files import AdapterError
+from keel.models.lora import base_fingerprint
 from keel.models.policy import PolicyModel
 from keel.sync.base import WeightSource
 from keel.sync.transports import write_weights
@@ -76,6 +77,8 @@ class Learner:
                 "model.lora.rank is 0; set it to that rank to train the adapter on, or export the run it is from "
                 "with --merged and start from that"
             )
+        self.base = base_fingerprint(self.policy.model) if self.policy.adapter is not None else ""
+        """Of the weights that an adapter is on, which are in no checkpoint; "" without one."""
         if self.ranks.mesh is not None:
             shard_policy(self.policy, _layers(self.policy), self.ranks.mesh)
         # Taken once: while a sharded module runs, its attributes are gathered copies.

@@ -76,6 +76,7 @@ def save(learner: Learner, path: Path, extra: Mapping[str, Any]) -> None:
         "num_skipped": learner.num_skipped,
         "optimizer_steps": learner.optimizer.num_steps,
         "stage": None if learner.stage is None else _stage_to_json(learner.stage),
+        "base": learner.base,
         "random": random_values,
         "extra": dict(extra),
     }
@@ -93,6 +94,7 @@ def load(learner: Learner, path: Path) -> dict[str, Any]:
     with safe_open(str(path / TENSORS), framework="pt", device="cpu") as file:
         names = set(file.keys())
         _check_shapes(learner, file, path)
+        _check_base(learner, values, path)
         parameters = learner.parameters()
 
         def part(kind: str, name: str) -> torch.Tensor:
@@ -159,6 +161,14 @@ def _check_shapes(learner: Learner, file: Any, path: Path) -> None:
         raise CheckpointError(
             f"checkpoint {path} is of another model than {learner.config.path}: {len(different)} names or shapes "
             f"differ, first {name} {list(shape)}; resume with the model it was saved from"
+        )
+
+
+def _check_base(learner: Learner, values: Mapping[str, Any], path: Path) -> None:
+    if learner.base != values.get("base", ""):
+        raise CheckpointError(
+            f"checkpoint {path} holds an adapter of another base than {learner.config.path} is now: its weights have "
+            "changed since; put them back as they were"
         )
 
 

@@ -11,6 +11,7 @@ loaded by plain PEFT, and one written by PEFT is loaded here. What runs is `keel
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +234,21 @@ def count_adapter_parameters(path: str | Path, options: LoraOptions, *, trust_re
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return num_adapter_parameters(model, options)
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A digest of what an adapter does not change: names, shapes, and the ends of each frozen parameter's values.
+
+    An adapter is worth something on its own base only. Reading the ends costs nothing, and other weights differ there.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            # In bfloat16, so that the same base read as another type is the same.
+            ends = torch.cat((flat[:64], flat[-64:])).to(torch.bfloat16).float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def num_adapter_parameters(model: nn.Module, options: LoraOptions) -> int:

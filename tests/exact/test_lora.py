@@ -149,6 +149,22 @@ def test_an_adapter_can_be_trained_on_but_not_by_accident(model, make_groups, tm
         other.load(tmp_path / "c")
 
 
+def test_an_adapter_is_not_resumed_on_another_base(model, make_groups, tmp_path):
+    """One number of the base is another: the same names and shapes, and other log-probs."""
+    config = model("qwen3")
+    policy = PolicyModel.load(config.path)
+    changed = ModelConfig(path=str(tmp_path / "base"), lora=LORA)
+    policy.save(changed.path)
+    learner = Learner(changed, LearnerConfig())
+    learner.save(tmp_path / "c", {})
+    assert Learner(changed, LearnerConfig()).load(tmp_path / "c") == {}
+    with torch.no_grad():
+        policy.model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-3
+    policy.save(changed.path)
+    with pytest.raises(CheckpointError, match="an adapter of another base than"):
+        Learner(changed, LearnerConfig()).load(tmp_path / "c")
+
+
 def test_two_ranks_equal_one_process(model, make_groups, tmp_path):
     """Frozen and trained parameters in one shard; a checkpoint of two goes on in one."""
     config = model("gpt_oss")
