@@ -48,7 +48,7 @@ class Watch:
             self.said.append(f"request: {request.url}")
 
     def complaints(self) -> list[str]:
-        return [*self.said, *self.page.evaluate("window.violations")]
+        return self.said if self.page.is_closed() else [*self.said, *self.page.evaluate("window.violations")]
 
 
 @pytest.fixture(scope="session")

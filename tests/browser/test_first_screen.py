@@ -145,6 +145,30 @@ def test_a_run_without_anything_says_so(open_page, report_of):
     assert "No episodes have been recorded" in page.locator(".reader").inner_text()
 
 
+def test_charts_follow_the_size_and_the_colours_of_the_page(open_page, report_of):
+    page = open_page(report_of("crashed"))
+    line = page.locator("[data-chart=reward] path.js-line").last
+    colour = "(one) => getComputedStyle(one).stroke"
+    light = line.evaluate(colour)
+    page.evaluate("location.hash = '#episodes'")
+    page.set_viewport_size({"width": 800, "height": 900})
+    page.emulate_media(color_scheme="dark")
+    page.evaluate("location.hash = '#overview'")
+    page.wait_for_function(
+        "() => document.querySelector('[data-chart=reward] .main-svg').clientWidth"
+        " === document.querySelector('[data-chart=reward] .chart').clientWidth"
+    )
+    assert line.evaluate(colour) != light
+    page.evaluate("location.hash = '#config'")
+    page.set_viewport_size({"width": 1200, "height": 900})
+    page.evaluate("location.hash = '#overview'")
+    page.wait_for_function(
+        "() => document.querySelector('[data-chart=reward] .main-svg').clientWidth"
+        " === document.querySelector('[data-chart=reward] .chart').clientWidth"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_texts_stand_out_from_what_is_behind_them(open_page, report_of, dark):
     page = open_page(report_of("empty"), dark=dark)

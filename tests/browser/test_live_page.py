@@ -65,6 +65,30 @@ def test_new_rows_come_and_the_place_stays(open_page, served):
     assert page.get_by_role("button", name="reinforcement").get_attribute("aria-pressed") == "true"
 
 
+def test_a_server_that_went_away_is_told_of(open_page, served):
+    _, server = served
+    page = open_page(server.address)
+    page.locator("[data-chart=reward] .value").wait_for()
+    server.shutdown()
+    server.server_close()
+    page.get_by_text("The server does not answer").wait_for(timeout=20_000)
+    page.close()
+    page.watch.said.clear()  # that the browser could not reach it is no fault of the page
+
+
+def test_a_step_of_which_the_page_holds_a_part_is_fetched_whole(open_page, served):
+    _, server = served
+    page = open_page(server.address)
+    partly = page.evaluate(
+        """() => Object.entries(JSON.parse(document.getElementById('keel-data').textContent).steps)
+          .filter(([, step]) => step.left_out > 0).map(([name]) => name)[0]"""
+    )
+    page.evaluate("(step) => { location.hash = step; }", partly)
+    page.locator(".group").first.wait_for()
+    assert page.locator(".chip").count() == 64
+    assert "not in this page" not in page.locator(".reader").inner_text()
+
+
 def test_a_step_that_is_not_in_the_page_is_fetched(open_page, served):
     run, server = served
     page = open_page(f"{server.address}#20")

@@ -10,7 +10,7 @@ const DEMONSTRATED = new Set(["reward/mean", "success"]);
 /** A log scale where most values would otherwise lie flat on the floor. */
 function scaleFor(values) {
   const sorted = (values ?? []).filter((value) => typeof value === "number" && value > 0).sort((a, b) => a - b);
-  return sorted.length > 4 && sorted.at(-1) > 12 * sorted[sorted.length >> 1] ? "log" : "linear";
+  return sorted.length > 4 && sorted.at(-1) > 6 * sorted[sorted.length >> 1] ? "log" : "linear";
 }
 
 /** Values as drawn: themselves, or their log10 with 0 put on the floor. */
@@ -152,6 +152,17 @@ function stageNames(axis, range, width) {
   });
 }
 
+/** Says what the line at the first difference of two runs is. */
+function partingName(spec) {
+  if (typeof spec.parting !== "number") return [];
+  const left = spec.parting < 0.75;
+  const font = { size: 10, color: styleOf("--text") };
+  return [{
+    xref: "x", yref: "paper", x: spec.parting, y: 0, xanchor: left ? "left" : "right", yanchor: "bottom",
+    xshift: left ? 2 : -2, text: "part here", showarrow: false, font, borderpad: 0, captureevents: false,
+  }];
+}
+
 function layoutOf(axis, spec, value, range, width) {
   const font = { family: styleOf("--sans"), size: 11, color: styleOf("--muted") };
   const ticks = axisTicks(axis, range, Math.max(2, Math.round(width / 75)));
@@ -170,7 +181,7 @@ function layoutOf(axis, spec, value, range, width) {
       zeroline: false, fixedrange: true, ticks: "",
       ticklabelstandoff: 4,
     },
-    shapes: shapesOf(axis, spec, value), annotations: stageNames(axis, range, width),
+    shapes: shapesOf(axis, spec, value), annotations: [...stageNames(axis, range, width), ...partingName(spec)],
   };
 }
 
@@ -203,6 +214,7 @@ function drawChart(box, axis, spec, zoomed) {
   const inner = () => Math.max(box.clientWidth - MARGIN.l - MARGIN.r, 1);
   return {
     box, draw,
+    resize: () => Plotly.Plots.resize(plot),
     positionAt: (clientX) => range[0] + (
       (clientX - box.getBoundingClientRect().left - MARGIN.l) / inner()
     ) * (range[1] - range[0]),

@@ -61,6 +61,7 @@ function start() {
       }
       current = view;
       if (view === "overview" && stale) drawOverview();
+      else if (view === "overview") overview.resize();
       if (view === "config") configView(sections.config, store.data.run);
       scrollTo(0, view === "episodes" ? 0 : scrolled[view] ?? 0);
     }
@@ -75,7 +76,10 @@ function start() {
   });
   head();
   addEventListener("hashchange", route);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => overview?.redraw());
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    stale = true;
+    if (current === "overview") drawOverview();
+  });
   route();
   if (store.data.live) keepFresh(store, (text) => replace(document.getElementById("live"), text));
 }
