@@ -52,8 +52,3 @@ def pad_micro_batch(micro_batch: MicroBatch) -> PaddedRows:
         functional.pad(micro_batch.temperature, (0, extra), value=1.0),
         torch.cat((micro_batch.cu_seqlens, torch.tensor(ends, dtype=micro_batch.cu_seqlens.dtype))),
     )
-
-
-def pad_index(rows: torch.Tensor) -> torch.Tensor:
-    """Row numbers `[n]` filled up to a regular count with row 0."""
-    return functional.pad(rows, (0, padded_rows(rows.shape[0]) - rows.shape[0]))

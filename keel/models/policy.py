@@ -24,7 +24,7 @@ from keel.models.adapter_files import AdapterError, base_model
 from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
 from keel.models.lora import Adapter, LoraOptions, merge_adapter, put_on_adapter, save_adapter
-from keel.models.padding import PaddedRows, pad_index, pad_micro_batch
+from keel.models.padding import pad_micro_batch
 from keel.models.progress import no_progress_bars
 from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers, replay_for_rows
 from keel.ops.logprobs import DEFAULT_CHUNK_TOKENS, head_logits, linear_logprobs
@@ -174,13 +174,11 @@ class PolicyModel(nn.Module):
         with_routes: bool = False,
         with_margins: bool = False,
         entropy_grad: bool = False,
-        loss_rows_only: bool = False,
     ) -> TokenOutputs:
         """Log-probs of `micro_batch.labels` under softmax(logits / temperature), sequences kept apart.
 
         `with_routes` returns each token's experts, `with_margins` also how near a tie the choice was. Gradients flow
-        through the entropy only if `entropy_grad`. `loss_rows_only` leaves the head out for rows outside `loss_mask`,
-        whose log-prob and entropy are then 0.0. A dense model has no routes (None). Raises ValueError if routes are
+        through the entropy only if `entropy_grad`. A dense model has no routes (None). Raises ValueError if routes are
         wanted of a model whose routers are not declared, if the attention implementation cannot keep packed sequences
         apart, or if a temperature is not positive.
         """
@@ -199,34 +197,22 @@ class PolicyModel(nn.Module):
             max_length_q=micro_batch.max_seqlen,
             max_length_k=micro_batch.max_seqlen,
         )
-        picked = pad_index(micro_batch.loss_mask.nonzero()[:, 0]) if loss_rows_only else None
-        logprobs, entropy = self._score(hidden, rows, picked, with_entropy=with_entropy, entropy_grad=entropy_grad)
-        if loss_rows_only:
-            logprobs, entropy = (_spread(part, micro_batch.loss_mask) for part in (logprobs, entropy))
+        logprobs, entropy = linear_logprobs(
+            hidden,
+            self.head.weight,
+            rows.labels,
+            temperature=rows.temperature,
+            bias=self.head.bias,
+            chunk_tokens=self.head_chunk_tokens,
+            with_entropy=with_entropy,
+            entropy_grad=entropy_grad,
+        )
         num_tokens = micro_batch.num_tokens
-        assert logprobs is not None
         return TokenOutputs(
             logprobs[:num_tokens],
             None if entropy is None else entropy[:num_tokens],
             routes=recorder.routes()[:num_tokens] if recorder is not None else None,
             route_margins=recorder.margins()[:num_tokens] if recorder is not None and with_margins else None,
-        )
-
-    def _score(
-        self, hidden: torch.Tensor, rows: PaddedRows, picked: torch.Tensor | None, **options: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Log-probs and entropy of the labels of `rows`, or of those `picked`, from the last hidden states."""
-        labels, temperature, head = rows.labels, rows.temperature, self.head
-        if picked is not None:
-            hidden, labels, temperature = (part.index_select(0, picked) for part in (hidden, labels, temperature))
-        return linear_logprobs(
-            hidden,
-            head.weight,
-            labels,
-            temperature=temperature,
-            bias=head.bias,
-            chunk_tokens=self.head_chunk_tokens,
-            **options,
         )
 
     def trunk(
@@ -292,14 +278,6 @@ class PolicyModel(nn.Module):
         recording = nullcontext() if recorder is None else record_routes(recorder)
         with recording, replay_for_rows(input_ids.shape[0]):
             return self.model.base_model(**arguments).last_hidden_state[0], recorder
-
-
-def _spread(part: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
-    """Values of the rows in `mask [T]`, padding behind them, at their places in `[T]`; 0.0 elsewhere."""
-    if part is None:
-        return None
-    places = mask.nonzero()[:, 0]
-    return part.new_zeros(mask.shape[0]).index_copy(0, places, part[: places.shape[0]])
 
 
 def _takes_packed_input(attention: str) -> bool:

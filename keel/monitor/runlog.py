@@ -227,11 +227,6 @@ class RunLog:
     def _train_step(self) -> int:
         return sum(self._num_steps.values())
 
-    @property
-    def evaluations(self) -> Mapping[str, Mapping[str, float]]:
-        """Metrics of the evaluations logged so far, by name; after `restore`, of those before the checkpoint."""
-        return self._evaluations
-
     def add_tracker(self, tracker: trackers.Tracker) -> None:
         """Have one more thing told of every step from now on, and closed after the run's last status is written."""
         self._trackers.append(tracker)

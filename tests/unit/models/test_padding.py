@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from keel.batch import MicroBatch
-from keel.models.padding import pad_index, pad_micro_batch
+from keel.models.padding import pad_micro_batch
 from keel.models.policy import PolicyModel
 from keel.models.tiny import build_tiny_model
 from keel.ops.matmul import padded_rows
@@ -52,11 +50,6 @@ def test_padding_is_regular_and_restarts_like_sequences(lengths):
     assert (rows.temperature > 0).all()
 
 
-def test_index_is_filled_up_with_row_zero():
-    index = pad_index(torch.tensor([4, 7, 9]))
-    assert index.tolist() == [4, 7, 9] + [0] * 13
-
-
 def test_outputs_have_the_real_rows_only_and_padding_gives_no_gradient(tmp_path, monkeypatch):
     build_tiny_model("gpt_oss", tmp_path, vocab_size=VOCAB, seed=1)
     batch = make_micro_batch((9, 20, 14))
@@ -71,11 +64,3 @@ def test_outputs_have_the_real_rows_only_and_padding_gives_no_gradient(tmp_path,
         results.append([outputs.logprobs.detach(), *(parameter.grad for parameter in policy.parameters())])
     for ours, unpadded in zip(*results, strict=True):
         torch.testing.assert_close(ours, unpadded, rtol=1e-10, atol=1e-11)
-
-
-def test_an_empty_loss_mask_is_allowed(tmp_path):
-    build_tiny_model("qwen3", tmp_path, vocab_size=VOCAB)
-    batch = make_micro_batch((9,))
-    batch = dataclasses.replace(batch, loss_mask=torch.zeros(9, dtype=torch.bool))
-    outputs = PolicyModel.load(tmp_path)(batch, loss_rows_only=True)
-    assert outputs.logprobs.tolist() == [0.0] * 9

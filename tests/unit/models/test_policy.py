@@ -111,25 +111,6 @@ def test_entropy_carries_a_gradient_only_if_asked(gpt_oss):
     assert policy(batch, with_entropy=False).entropy is None
 
 
-def test_loss_rows_only_leaves_out_the_others_and_changes_no_gradient(gpt_oss):
-    batch = make_micro_batch()
-    mask = torch.arange(batch.num_tokens) % 3 != 0
-    batch = dataclasses.replace(batch, loss_mask=mask)
-    results = []
-    for only in (False, True):
-        policy = PolicyModel.load(gpt_oss, dtype="float64")
-        outputs = policy(batch, loss_rows_only=only)
-        outputs.logprobs[mask].sum().backward()
-        results.append((outputs, [parameter.grad for parameter in policy.parameters()]))
-    (every, every_grad), (some, some_grad) = results
-    torch.testing.assert_close(some.logprobs[mask], every.logprobs[mask], rtol=0, atol=1e-12)
-    torch.testing.assert_close(some.entropy[mask], every.entropy[mask], rtol=0, atol=1e-12)
-    assert not some.logprobs[~mask].any()
-    assert every.logprobs[~mask].all()
-    for ours, expected in zip(some_grad, every_grad, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
-
-
 def test_logits_of_the_trunk_give_the_same_logprobs(directory):
     policy, batch = PolicyModel.load(directory), make_micro_batch((12,))
     with torch.no_grad():
