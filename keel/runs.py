@@ -24,6 +24,7 @@ from keel import config_load
 from keel.config import TrainConfig
 from keel.config_problems import ConfigError
 from keel.monitor import cells, directory
+from keel.monitor.live import success_share
 from keel.monitor.rows import SCHEMA_VERSION, RunDirectoryError
 from keel.rollouts.store import RecordError, read_trajectories
 from keel.step_record import SequenceView, StepRecord, load_record
@@ -211,7 +212,7 @@ class Run:
             "recorded steps": len(self.steps),
         }
         named |= {f"last {name}": last[name] for name in _IN_SHORT if name in last}
-        named |= {f"success, {each['name']}": cells.success(each) for each in self.evaluations}
+        named |= {f"success, {each['name']}": success_share(each) for each in self.evaluations}
         if self.alarms:
             named["alarms"] = len(self.alarms)
         if self.problems:

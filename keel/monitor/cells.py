@@ -37,13 +37,3 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         "<tr>" + "".join(f'<td style="text-align:left">{shown(value)}</td>' for value in row) + "</tr>" for row in rows
     )
     return f"<div><strong>{shown(title)}</strong><table><tr>{head}</tr>{body}</table></div>"
-
-
-def success(metrics: Mapping[str, object]) -> str | None:
-    """`success` of an evaluation with its interval, in words; None if the environment does not say what one is."""
-    found = [metrics.get(name) for name in ("success", "success_low", "success_high")]
-    numbers = [value for value in found if isinstance(value, (int, float))]
-    if len(numbers) < 3:
-        return None
-    share, low, high = (f"{100 * value:.1f} %" for value in numbers)
-    return f"{share} (95 % interval {low} to {high})"

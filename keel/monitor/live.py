@@ -33,6 +33,7 @@ SHOWN = (
     ("rollout/tokens_per_s", "tokens/s"),
     ("rollout/failed", "failed episodes"),
 )
+OF_EPISODES = ("reward/mean", "success", "rollout/tokens_per_s", "rollout/failed")
 LINE_EVERY_S = 10.0
 NOTES_SHOWN = 5
 NOTE_LIMIT = 4000  # characters of a note that are shown
@@ -60,6 +61,34 @@ def open_display(mode: Literal["auto", "on", "off"], title: str) -> Display:
 def describe(metrics: Metrics) -> str:
     """Numbers in one line: "success 0.52, num_tasks 512"."""
     return ", ".join(f"{one_line(name)} {number(value)}" for name, value in metrics.items())
+
+
+def success_share(metrics: Mapping[str, object]) -> str | None:
+    """`success` of an evaluation in words, with its interval; None if the environment does not say what one is."""
+    value, low, high = (metrics.get(name) for name in ("success", "success_low", "success_high"))
+    if not isinstance(value, (int, float)):
+        return None
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} % (95 % interval {100 * low:.1f} % to {100 * high:.1f} %)"
+
+
+def describe_evaluation(metrics: Metrics) -> str:
+    """An evaluation in one line: success with its interval, reward, tasks, failed episodes. The rest is in its row."""
+    share = success_share(metrics)
+    parts = [] if share is None else [f"success {share}"]
+    told = (("reward", "reward {}"), ("num_tasks", "{} tasks"), ("failed", "{} failed"))
+    return ", ".join([*parts, *(text.format(number(metrics[name])) for name, text in told if name in metrics)])
+
+
+def shown_metrics(stage: str, metrics: Metrics) -> dict[str, float | int | None]:
+    """What a step's display shows, by metric. The episodes of a warm start are demonstrations, which say nothing of the
+    policy; that no episode failed goes without saying.
+    """
+    left_out = set(OF_EPISODES) if stage == "warm_start" else set[str]()
+    if not metrics.get("rollout/failed"):
+        left_out.add("rollout/failed")
+    return {name: metrics[name] for name, _ in SHOWN if name in metrics and name not in left_out}
 
 
 def number(value: float | None) -> str:
@@ -120,7 +149,8 @@ class LineDisplay:
         if self._last_line is not None and not last and now - self._last_line < LINE_EVERY_S:
             return
         self._last_line = now
-        shown = {label: metrics[name] for name, label in SHOWN if name in metrics}
+        labels = dict(SHOWN)
+        shown = {labels[name]: value for name, value in shown_metrics(stage, metrics).items()}
         ending = "" if last else f"; {duration(left)} left"
         self._write(f"{stage} {step + 1}/{self._pace.total}: {describe(shown)}{ending}")
 
@@ -159,7 +189,7 @@ class LiveDisplay:
     def step(self, stage: str, step: int, metrics: Metrics) -> None:
         self._stage, self._step = stage, step
         self._left = self._pace.left(step)
-        self._metrics.update({name: metrics[name] for name, _ in SHOWN if name in metrics})
+        self._metrics = shown_metrics(stage, metrics)
         self._live.update(self.render())
 
     def note(self, text: str) -> None:

@@ -58,7 +58,7 @@ class RunSummary:
 
     def _repr_html_(self) -> str:
         named: dict[str, object] = {"reason": self.reason or None, "directory": self.run_dir, "steps": self.steps}
-        named |= {f"success, {name}": cells.success(metrics) for name, metrics in self.eval.items()}
+        named |= {f"success, {name}": live.success_share(metrics) for name, metrics in self.eval.items()}
         named |= {f"alarms: {rule}": count for rule, count in self.alarms.items()}
         named |= {f"time, {name}": live.duration(seconds) for name, seconds in self.seconds.items()}
         return cells.facts(f"run {self.state}", named)
@@ -212,7 +212,7 @@ class RunLog:
         prefixed = {f"eval/{key}": value for key, value in metrics.items()}
         self._append({"kind": "eval", "name": name, "step": step}, prefixed)
         self._evaluations[name] = {"step": step, **plain_numbers(metrics)}
-        self._display.note(f"eval {name}: {live.describe(metrics)}")
+        self._display.note(f"eval {name}: {live.describe_evaluation(metrics)}")
         for tracker in self._trackers:
             tracker.log(self._train_step, prefixed)
 

@@ -52,6 +52,24 @@ def test_time_left_counts_from_where_a_resumed_stage_begins():
     assert pace.left(99) == 0.0
 
 
+def test_an_evaluation_is_one_short_line():
+    found = {"success": 0.5, "success_low": 0.25, "success_high": 0.75, "pass@1_low": 0.2, "reward": 0.125}
+    found |= {"num_tasks": 512.0, "attempts": 4.0, "failed": 3.0, "truncated": 1.0, "tokens": 45.9}
+    text = live.describe_evaluation(found)
+    assert text == "success 50.0 % (95 % interval 25.0 % to 75.0 %), reward 0.125, 512 tasks, 3 failed"
+    del found["success"]  # an environment that does not say what a success is
+    assert live.describe_evaluation(found) == "reward 0.125, 512 tasks, 3 failed"
+
+
+def test_a_warm_starts_demonstrations_are_not_shown_as_what_the_policy_does():
+    metrics = {**METRICS, "policy/loss": 2.0, "rollout/failed": 0.0}
+    shown = set(live.shown_metrics("warm_start", metrics))
+    assert shown == {"policy/ratio_max_dev", "policy/grad_norm", "policy/loss"}
+    assert live.shown_metrics("reinforcement", metrics)["success"] == 0.25
+    assert "rollout/failed" not in live.shown_metrics("reinforcement", metrics)
+    assert live.shown_metrics("reinforcement", {**metrics, "rollout/failed": 2.0})["rollout/failed"] == 2.0
+
+
 @pytest.fixture
 def shown():
     out = io.StringIO()

@@ -70,7 +70,7 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path, capsys):
     assert rows[0]["eval/num_tasks"] == 12
     assert rows[4]["policy/loss"] is None
     assert rows[4]["not_finite"] == {"policy/loss": "nan"}
-    assert "eval initial: success 0.25" in capsys.readouterr().out
+    assert "eval initial: success 25.0 %" in capsys.readouterr().out
 
 
 def test_a_killed_and_resumed_run_has_the_rows_of_the_undisturbed_one(tmp_path):
