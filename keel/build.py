@@ -19,7 +19,7 @@ from keel import plugins
 from keel.chat.base import Chat
 from keel.chat.factory import make_chat
 from keel.chat.tokenizer import load_tokenizer
-from keel.config import EngineConfig, EnvConfig, ModelConfig, TrainConfig
+from keel.config import EngineConfig, EnvConfig, ModelConfig, Stage, TrainConfig
 from keel.device import (
     MemoryWatch,
     describe_device,
@@ -38,7 +38,7 @@ from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
 from keel.models.policy import PolicyModel
-from keel.monitor.progress import ChildProcess, Watched
+from keel.monitor.progress import ChildProcess, Progress, Watched
 from keel.monitor.rules import Monitor, make_monitor
 from keel.plan import describe_start, make_plan, read_model_config
 from keel.report.live import LiveReport
@@ -47,6 +47,7 @@ from keel.rollouts.collector import Collector
 from keel.rollouts.demonstrate import DemonstrationSource
 from keel.rollouts.loop_thread import LoopThread
 from keel.sources import save_sources
+from keel.step_watch import StepWatch
 from keel.sync.publish import publish
 from keel.tiny_start import build_tiny_start, named_demonstrations
 from keel.types import Group
@@ -86,9 +87,10 @@ class Parts:
     device: torch.device
     frees_cache: bool = False  # whether the engine gives its keys and values back while the learner learns
 
-    def watch_memory(self) -> MemoryWatch:
-        """The figures of one step's memory, from now on."""
-        return MemoryWatch(self.device, self.engine.capabilities().cache_bytes)
+    def watch(self, progress: Progress, stage: Stage, step: int) -> StepWatch:
+        """A step begins, and is watched from now on."""
+        progress.begin(stage.name, step, stage.num_steps)
+        return StepWatch(progress, MemoryWatch(self.device, self.engine.capabilities().cache_bytes))
 
     def make_room(self) -> None:
         """Nobody samples until the next publish: the learner may have the memory."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from keel.evaluation import measure_tasks
 from keel.learner.base import LearnerLike, Update
 from keel.learner.gradient import bound_corrections
 from keel.monitor.exhausted import told_if_exhausted
-from keel.monitor.progress import Progress
+from keel.monitor.progress import Watch
 from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog, RunSummary, completed_run
 from keel.records import largest_sizes, write_records
-from keel.types import Verdict
+from keel.types import Group, Verdict
 
 
 def train(config: TrainConfig, env: EnvSource | None = None) -> RunSummary:
@@ -74,40 +73,41 @@ def run_stages(config: TrainConfig, run: RunLog, parts: Parts) -> RunSummary:
 
 def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, step: int) -> Verdict:
     """From groups to new weights in the engine: step number `step` of `stage`."""
-    learner, clock, memory, progress = parts.learner, Clock(), parts.watch_memory(), run.progress
-    progress.begin(stage.name, step, stage.num_steps)
+    watch = parts.watch(run.progress, stage, step)
+    learner, source = parts.learner, parts.sources[stage.name]
     learner.enter(stage)
-    source = parts.sources[stage.name]
-    progress.enter("collect")
+    watch.enter("collect")
     groups = source.next_groups(step)
-    memory.lap("rollout")
     parts.make_room()
-    clock.mark()
 
-    batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
-    progress.enter("score", **largest_sizes(batch))
-    batch = learner.score(batch)
-    batch = corrected(batch, stage.algo)
-    batch = with_advantages(batch, stage.algo)
+    batch = prepare_batch(config, learner, stage, groups, watch)
+    updates, stats, verdict = take_updates(learner, parts.monitor, batch, watch)
 
-    updates, stats, verdict = take_updates(learner, parts.monitor, batch, progress)
-    clock.lap("learn")
-    memory.lap("learn")
-
-    progress.enter("publish")
+    watch.enter("publish")
     parts.publish()
-    clock.lap("publish")
-    progress.enter("record")
+    watch.enter("record")
     write_records(run, config, stage, step, groups, batch, updates)
-    row = {**source.metrics, **mean_metrics(updates), **stats, **clock.seconds, **clock.total(), **memory.total()}
+    row = {**source.metrics, **mean_metrics(updates), **stats, **watch.figures()}
     run.log_step(step, row, stage=stage.name)
     for alarm in parts.monitor.watch(stage.name, step, row):
         run.log_alarm(alarm, step=step, stage=stage.name)
     return verdict
 
 
+def prepare_batch(
+    config: TrainConfig, learner: LearnerLike, stage: Stage, groups: Sequence[Group], watch: Watch
+) -> PackedBatch:
+    """The groups as a step's updates learn from them: packed, scored, corrected, with advantages."""
+    watch.enter("pack")
+    batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
+    watch.enter("score", **largest_sizes(batch))
+    batch = learner.score(batch)
+    batch = correct(batch, bound_corrections(stage.algo))
+    return with_advantages(batch, stage.algo)
+
+
 def take_updates(
-    learner: LearnerLike, monitor: Monitor, batch: PackedBatch, progress: Progress
+    learner: LearnerLike, monitor: Monitor, batch: PackedBatch, watch: Watch
 ) -> tuple[list[Update], dict[str, float], Verdict]:
     """The updates of a batch, each judged and then applied or not; what applying them told, and the worst verdict.
 
@@ -115,10 +115,10 @@ def take_updates(
     """
     updates, verdict, stats = list[Update](), Verdict("go"), list[dict[str, float]]()
     for index in range(batch.num_updates):
-        progress.enter("backward")
+        watch.enter("backward")
         update = learner.backward(batch, index)
         judged = AFTER_STOP if verdict.stops else monitor.judge(update)
-        progress.enter("optimizer")
+        watch.enter("optimizer")
         stats.append(learner.apply(update, judged))
         updates.append(update)
         verdict = max(verdict, judged, key=lambda each: SEVERITY.index(each.action))
@@ -151,11 +151,6 @@ def measure(config: TrainConfig, run: RunLog, parts: Parts, name: str) -> None:
     run.progress.enter("evaluate")
     with run.stage("eval", 1):
         run.log_eval(name, measure_tasks(parts.collector, config.eval).metrics, step=parts.learner.step)
-
-
-def corrected(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
-    """Importance weights against the engine's log-probs, and rejections, as `algo.correction` says."""
-    return correct(batch, bound_corrections(algo))
 
 
 def with_advantages(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
@@ -192,25 +187,3 @@ def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
         else:
             merged[name] = sum(value * weight for value, weight in values) / tokens
     return merged
-
-
-class Clock:
-    """Wall-clock seconds of a step's phases, under the names of the run directory."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = self._last = time.perf_counter()
-
-    def mark(self) -> None:
-        """The next phase begins now; whoever did what was before has timed it."""
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """End `phase`, which began with the last lap."""
-        now = time.perf_counter()
-        self.seconds[f"time/{phase}_s"] = now - self._last
-        self._last = now
-
-    def total(self) -> dict[str, float]:
-        """Seconds since the step began."""
-        return {"time/step_s": time.perf_counter() - self._began}

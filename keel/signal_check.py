@@ -23,9 +23,8 @@ from keel.signal_result import MemoryUse, Projection, RolloutResult, episode_par
 from keel.types import Group, Trajectory
 
 if TYPE_CHECKING:
-    from keel.batch import PackedBatch
     from keel.build import Parts
-    from keel.config import ModelConfig, Stage, TrainConfig
+    from keel.config import ModelConfig, TrainConfig
     from keel.given import ConfigSource
     from keel.rollouts.collector import Collector
 
@@ -125,7 +124,7 @@ def _parts(config: TrainConfig, with_learner: bool) -> Iterator[tuple[Collector,
 
 def _warm_up(config: TrainConfig, parts: Parts, progress: Progress) -> None:
     """Take the steps before reinforcement, as `keel train` takes them, and give the engine the weights."""
-    from keel.loop import take_updates
+    from keel.loop import prepare_batch, take_updates
 
     for stage in config.stages()[:-1]:
         source = parts.sources[stage.name]
@@ -134,7 +133,7 @@ def _warm_up(config: TrainConfig, parts: Parts, progress: Progress) -> None:
             display.begin(stage.name, stage.num_steps)
             for step in range(stage.num_steps):
                 parts.learner.enter(stage)
-                batch = _batch(config, parts, stage, source.next_groups(step), progress)
+                batch = prepare_batch(config, parts.learner, stage, source.next_groups(step), progress)
                 updates, _, _ = take_updates(parts.learner, parts.monitor, batch, progress)
                 display.step(stage.name, step, updates[-1].metrics)
     parts.publish()
@@ -167,28 +166,16 @@ def _grouped(trajectories: Sequence[Trajectory]) -> list[Group]:
 
 def _learn(config: TrainConfig, parts: Parts, groups: Sequence[Group], progress: Progress) -> dict[str, float]:
     """Metrics of the learner's work on the groups, as a training step does it, without its optimizer steps."""
-    from keel.loop import mean_metrics
+    from keel.loop import mean_metrics, prepare_batch
 
     stage = config.stages()[-1]
     parts.learner.enter(stage)
     parts.make_room()
     began = time.perf_counter()
-    batch = _batch(config, parts, stage, groups, progress)
+    batch = prepare_batch(config, parts.learner, stage, groups, progress)
     progress.enter("backward")
     updates = [parts.learner.backward(batch, index) for index in range(batch.num_updates)]
     return {**mean_metrics(updates), "time/learn_s": time.perf_counter() - began}
-
-
-def _batch(config: TrainConfig, parts: Parts, stage: Stage, groups: Sequence[Group], progress: Progress) -> PackedBatch:
-    """The groups as a training step hands them to its updates."""
-    from keel.batch import pack
-    from keel.loop import corrected, with_advantages
-    from keel.records import largest_sizes
-
-    batch = pack(groups, max_tokens=config.batch.max_tokens, num_updates=stage.algo.updates_per_batch)
-    progress.enter("score", **largest_sizes(batch))
-    batch = parts.learner.score(batch)
-    return with_advantages(corrected(batch, stage.algo), stage.algo)
 
 
 def _project(config: TrainConfig, num_tasks: int, metrics: dict[str, float], learned: dict[str, float]) -> Projection:

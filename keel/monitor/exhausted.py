@@ -29,6 +29,7 @@ KNOBS: Mapping[Phase, Sequence[str]] = {
     "load": _WHOLE,
     "evaluate": _SAMPLING,
     "collect": _SAMPLING,
+    "pack": ("rollout.groups_per_step", "rollout.max_sequence_tokens"),
     "score": ("batch.max_tokens", "model.head_chunk_tokens", "learner.ranks"),
     "backward": _LEARNING,
     "optimizer": ("model.lora.rank", *_WHOLE),

@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-Phase = Literal["load", "evaluate", "collect", "score", "backward", "optimizer", "publish", "record", "save"]
+Phase = Literal["load", "evaluate", "collect", "pack", "score", "backward", "optimizer", "publish", "record", "save"]
 
 WORDS: Mapping[Phase, str] = {
     "load": "loading the model",
     "evaluate": "evaluating",
     "collect": "collecting rollouts",
+    "pack": "packing the batch",
     "score": "scoring the batch",
     "backward": "computing the gradient",
     "optimizer": "updating the weights",
@@ -43,6 +44,12 @@ class Watched:
     counts: Callable[[], tuple[int, ...]] = tuple
     waiting: Callable[[], str] = str
     processes: Callable[[], list[ChildProcess]] = list
+
+
+class Watch(Protocol):
+    """Told what the run begins to do, with a batch of `sizes` if they are new."""
+
+    def enter(self, phase: Phase, **sizes: int) -> None: ...
 
 
 @dataclass

@@ -25,7 +25,7 @@ from keel.secrecy import scrubbed
 
 ANSWER_TIMEOUT_S = 3.0
 """Seconds that a process is given to write its stacks; one that was stopped never does."""
-LEARNS = ("score", "backward", "optimizer", "save")
+LEARNS = ("pack", "score", "backward", "optimizer", "save")
 
 
 def name_component(progress: Progress, states: Sequence[tuple[str, str]]) -> str:

@@ -25,7 +25,7 @@ FLOOR_FOUR |= {
     "keel.replay",
     "keel.bench",
 }
-FLOOR_FOUR |= {"keel.device", "keel.plan_memory", "keel.evaluation_result"}
+FLOOR_FOUR |= {"keel.device", "keel.step_watch", "keel.plan_memory", "keel.evaluation_result"}
 LIGHT = {"pydantic", "rich", "tomlkit", "psutil"}
 
 # room -> (rooms of Keel it may enter, other packages it may import). A room may always enter itself and the standard
