@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from tests.browser.conftest import PHONE
+
 pytestmark = pytest.mark.browser
 
 STREAMS = [
@@ -96,6 +98,19 @@ def test_links_lead_to_a_token_and_back(episode, open_page, report_of):
     other = open_page(f"{start}/30")
     assert other.locator(".token[aria-selected=true]").get_attribute("data-index") == "30"
     assert stream(other, "place").startswith("30 of ")
+
+
+def test_on_a_phone_the_streams_do_not_cover_their_token(open_page, report_of):
+    page = open_page(report_of("crashed"), PHONE)
+    page.locator(".pick.best").click()
+    page.locator(".token").first.wait_for()
+    for index in (3, page.locator(".token").count() - 1):
+        page.locator(".token").nth(index).dispatch_event("click")
+        page.locator(f".token[aria-selected=true][data-index='{index}']").wait_for()
+        token, details = (page.locator(one).bounding_box() for one in (".token[aria-selected=true]", ".token-details"))
+        assert token["y"] >= 0
+        assert token["y"] + token["height"] <= details["y"] + 1
+        assert details["y"] + details["height"] <= PHONE[1] + 1
 
 
 def test_the_turn_of_a_message_leads_to_its_tokens(episode):

@@ -214,7 +214,6 @@ function drawChart(box, axis, spec, zoomed) {
   const inner = () => Math.max(box.clientWidth - MARGIN.l - MARGIN.r, 1);
   return {
     box, draw,
-    resize: () => Plotly.Plots.resize(plot),
     positionAt: (clientX) => range[0] + (
       (clientX - box.getBoundingClientRect().left - MARGIN.l) / inner()
     ) * (range[1] - range[0]),

@@ -61,7 +61,6 @@ function start() {
       }
       current = view;
       if (view === "overview" && stale) drawOverview();
-      else if (view === "overview") overview.resize();
       if (view === "config") configView(sections.config, store.data.run);
       scrollTo(0, view === "episodes" ? 0 : scrolled[view] ?? 0);
     }

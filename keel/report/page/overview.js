@@ -167,7 +167,7 @@ function buildOverview(section, store, before) {
     stages?.choose(view.stage);
     zoom(next);
   };
-  const view = { range: axis.range, stage: "all", resize: () => { for (const plot of plots) plot.resize(); } };
+  const view = { range: axis.range, stage: "all" };
   for (const card of cards) if (card.spec.lines.length) plots.push(armedChart(card, axis, dragged));
   if (timeline) plots.push(timeline);
   const point = pointer(data, axis, cards, plots, where, store);

@@ -77,7 +77,6 @@ function alarmTimeline(axis, alarms, steps, said) {
   draw();
   return {
     box, draw,
-    resize: () => {}, // it is laid out by the style
     positionAt: (clientX) => range[0] + (
       (clientX - box.getBoundingClientRect().left - laneLeft()) / laneWidth()
     ) * (range[1] - range[0]),
