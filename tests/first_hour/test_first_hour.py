@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.first_hour import page
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,12 +52,16 @@ class Home:
         self.place = place
         self.python = place / "venv" / "bin" / "python"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-        self.environment = {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+        tools = self.python.parent
+        keel = tools / "keel"  # as installers write it
+        keel.write_text(f"#!{self.python}\nfrom keel.cli import main\n\nmain()\n")
+        keel.chmod(0o755)
+        path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
 
     def start(self, *arguments: str, cwd: str = ".") -> subprocess.Popen[str]:
-        command = [str(self.python), "-P", "-c", "from keel.cli import main; main()", *arguments]
         return subprocess.Popen(
-            command,
+            [str(self.python.parent / "keel"), *arguments],
             cwd=self.place / cwd,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -70,17 +76,19 @@ class Home:
         assert process.returncode == code, said
         return said
 
-    def run(self, program: str, *, cwd: str = ".") -> str:
+    def shell(self, commands: str, cwd: str, exit_status: int) -> tuple[str, str]:
+        """What the commands print, and the directory they leave the reader in."""
         done = subprocess.run(
-            [self.python, "-c", program],
+            ["bash", "-c", f"trap 'pwd > {self.place}/left' EXIT\nset -eu\n{commands}"],
             cwd=self.place / cwd,
             env=self.environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == exit_status, done.stdout
+        return done.stdout, (self.place / "left").read_text().strip()
 
 
 def test_what_is_in_the_wheel(wheel):
@@ -96,8 +104,12 @@ def test_what_is_in_the_wheel(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+STEPS = 60
+
+
 def test_the_environment_is_the_wheels(home):
-    assert Path(home.run("import keel; print(keel.__file__)").strip()).is_relative_to(home.place)
+    where, _ = home.shell("python -c 'import keel; print(keel.__file__)'", ".", 0)
+    assert Path(where.strip()).is_relative_to(home.place)
 
 
 def test_the_quickstart(home):
@@ -110,60 +122,50 @@ def test_the_quickstart(home):
     assert "completed: quick" in said
 
 
-def test_the_first_hour_on_own_rows(home):
-    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(20) for b in range(10)]
-    assert len(rows) == 200
-    (home.place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    home.keel("new", "sums", "--data", "rows.jsonl")
-
-    said = home.keel("rollout", "run.toml", "-n", "16", "--set", "warm_start.steps=20", "--show", cwd="sums")
-    assert "groups whose rewards differ" in said
-    assert "What is " in said
-
-    said = home.keel("train", "run.toml", "--set", "rollout.group_sise=4", cwd="sums", code=2)
-    assert "--set rollout.group_sise=4" in said
-    assert "did you mean 'group_size'?" in said or 'did you mean "group_size"?' in said
-
-    train_until_stopped(home)
-    said = home.keel("resume", "first", cwd="sums", code=0)
-    assert "completed: first" in said
-    rows = [json.loads(line) for line in (home.place / "sums/first/metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if row["kind"] == "step" and row["stage"] == "warm_start"]
-    assert steps == list(range(MANY_FEWER))
-
-    home.keel("report", "first", cwd="sums")
-    assert "keel-data" in (home.place / "sums/first/report.html").read_text()
-    said = home.keel("eval", "first", "-n", "10", "--attempts", "2", "--k", "1,2", "--json", "eval.json", cwd="sums")
-    assert "pass@2" in said
-    assert json.loads((home.place / "sums/eval.json").read_text())["num_tasks"] == 10
-    home.keel("export", "first", "--out", "model", cwd="sums")
-    assert (home.place / "sums/model/README.md").is_file()
-    generated = home.run(
-        "import sys; sys.modules['keel'] = None\n"  # what is exported needs nothing of Keel's
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "tokenizer = AutoTokenizer.from_pretrained('model')\n"
-        "model = AutoModelForCausalLM.from_pretrained('model')\n"
-        "prompt = '<|start|>user<|message|>What is 3 + 4?<|end|><|start|>assistant'\n"
-        "inputs = tokenizer(prompt, return_tensors='pt', add_special_tokens=False)\n"
-        "drawn = model.generate(**inputs, max_new_tokens=8, do_sample=False)\n"
-        "print(tokenizer.decode(drawn[0, inputs['input_ids'].shape[1]:]))\n",
-        cwd="sums",
-    )
-    assert "<|message|>" in generated  # it has learned how an answer looks
+def test_the_page_from_its_first_command_to_its_last(home):
+    files, commands = page.read(ROOT / "docs" / "first-hour.md")
+    assert len(commands) >= 8
+    where = "."
+    for command in commands:
+        for name, text in files.items():
+            if (home.place / name).parent.is_dir():
+                (home.place / name).write_text(text)  # `keel new` makes the directory that some of them lie in
+        said, where = home.shell(command.text, where, command.exit_status)
+        missing = page.first_missing(command.printed, said)
+        assert missing is None, f"{command.text}did not print:\n{missing}\nbut:\n{said}"
+    model_card = (home.place / "sums" / "model" / "README.md").read_text()
+    assert "held-out success" in model_card.lower()
+    assert 'id="keel-data"' in (home.place / "sums" / "first" / "report.html").read_text()
+    assert json.loads((home.place / "sums" / "eval.json").read_text())
 
 
-MANY_FEWER = 60
-
-
-def train_until_stopped(home: Home) -> None:
-    """Ctrl-C after the first steps: the step is finished, a checkpoint is there, and the way on is told."""
-    sets = ("run_dir=first", f"warm_start.steps={MANY_FEWER}", "steps=3", "eval.num_tasks=4", "checkpoint.every=0")
+def test_ctrl_c_and_going_on(home):
+    """Ctrl-C after the first step: the step is finished, a checkpoint is there, and the way on is told and works."""
+    sets = ("run_dir=stopped", f"warm_start.steps={STEPS}", "steps=3", "eval.num_tasks=4", "checkpoint.every=0")
     process = home.start("train", "run.toml", *(part for one in sets for part in ("--set", one)), cwd="sums")
-    metrics = home.place / "sums" / "first" / "metrics.jsonl"
+    metrics = home.place / "sums" / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"warm_start"' in metrics.read_text()):
         time.sleep(0.05)  # until the first step is in the file
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 130, said
-    assert "keel resume first" in said
-    assert list((home.place / "sums" / "first" / "checkpoints").iterdir())
+    assert "finishing warm_start step" in said
+    assert "to go on: keel resume stopped" in said
+    assert list((home.place / "sums" / "stopped" / "checkpoints").iterdir())
+    assert "completed: stopped" in home.keel("resume", "stopped", cwd="sums")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "step" and row["stage"] == "warm_start"]
+    assert steps == list(range(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("transcript", "output", "missing"),
+    [
+        (("a 1 s", "...", "b ..."), "a 2 min 03 s\nx\nb 7 c\n", None),
+        (("a 1", "b"), "b\na 2\n", "b"),
+        (("c| what it read",), "c| another\n", None),
+        (("done",), "done not\n", "done"),
+    ],
+)
+def test_what_a_transcript_says_is_looked_for_in_order(transcript, output, missing):
+    assert page.first_missing(transcript, output) == missing
