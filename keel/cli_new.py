@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keel.config_schema import toml_value
+from keel.monitor.printable import one_line
 
 if TYPE_CHECKING:
     from keel.envs.task_env import TaskEnvFactory
@@ -94,10 +95,17 @@ def new(
         raise typer.BadParameter(f"{name} exists already, and is left as it is; choose another", param_hint="NAME")
     if data is None and (prompt or answer):
         raise typer.BadParameter("is about the columns of --data; give both", param_hint="--prompt, --answer")
+    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise typer.BadParameter(f"there is no directory {model}", param_hint="--model")
     starter = own_starter(name) if data is None else rows_starter(name, data, prompt, answer)
     texts = rendered(starter, name, model)
     write_directory(Path(name), texts, starter)
     print(f"wrote {', '.join(sorted([*texts, starter.rows_name]))} to {name}")
+    if not starter.demonstrates:
+        print(
+            f"note: no column {ANSWER!r}, so the reward in {name}/env.py is a place to begin, which takes any answer; "
+            "write your own, or name the column of right answers with --answer"
+        )
     print(f"next: cd {name} && keel rollout run.toml")
 
 
@@ -112,9 +120,15 @@ def own_starter(name: str) -> Starter:
 def rows_starter(name: str, data: Path, prompt: str, answer: str) -> Starter:
     """`keel.task_env` over the user's rows. Raises DataError if no tasks can be made of them."""
     import keel
-    from keel.envs.prompts import USUAL_COLUMNS
+    from keel.envs.prompts import USUAL_COLUMNS, NoPromptError
 
-    found = keel.task_env(str(data), prompt=prompt or None)
+    try:
+        found = keel.task_env(str(data), prompt=prompt or None)
+    except NoPromptError as error:
+        what = (
+            f"{data} has none of the columns {', '.join(USUAL_COLUMNS)} (it has: {one_line(', '.join(error.columns))})"
+        )
+        raise typer.BadParameter(f"{what}; name one, or give a template", param_hint="--prompt") from None
     has_answer = bool(answer) or any(ANSWER in task.data for task in _some(found))
     answer = answer or ANSWER
     if has_answer:  # once more, with the reward that the file will have: every row must be fit for it

@@ -77,6 +77,11 @@ def evaluate(  # noqa: PLR0913 (a knob each, and all but the first by name)
     options = {"num_tasks": num_tasks, "attempts": attempts, "k": k, "temperature": temperature, "seed": seed}
     given = [f"eval.{name}={toml_value(value)}" for name, value in options.items() if value is not None]
     evaluated = _evaluated(source, checkpoint, [*sets, *given])
+    if isinstance(source, str) and not evaluated.config.env.id and env is None and not Path(source).exists():
+        raise EvaluationError(
+            f"there is no file and no directory {source}; if it is a model of the hub, say what it is to do: "
+            "env (--env MODULE:NAME) and num_tasks (-n)"
+        )
     if model is not None:
         evaluated = replace(evaluated, config=_with_model(evaluated.config, weights_of(Path(model))), checkpoint="")
     if record and evaluated.run is None:

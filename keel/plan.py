@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keel.config import ModelConfig, TrainConfig
@@ -116,6 +117,8 @@ def _model_config(model: ModelConfig) -> Any:
 
     if model.tiny.preset:
         return tiny_config(model.tiny.preset, vocab_size=model.tiny.vocab_size, **model.tiny.options)
+    if model.path.startswith(("/", ".", "~")) and not Path(model.path).is_dir():
+        raise OSError(f"there is no directory {model.path}")  # `transformers` takes it for a hub id, and finds that odd
     base, revision = base_model(model.path, model.revision)
     return AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code, revision=revision or "main")
 

@@ -15,6 +15,17 @@ USUAL_COLUMNS = ("prompt", "messages", "question")
 _MESSAGE_KEYS = ("role", "content", "name", "channel")
 
 
+class NoPromptError(DataError):
+    """No prompt is named, and the data has none of the usual columns; it has `columns`."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
+        super().__init__(
+            f"no prompt is named, and the data has none of the columns {', '.join(USUAL_COLUMNS)} (it has: "
+            f"{', '.join(columns)}); give prompt='<column>', a template '...{{column}}...', or a function"
+        )
+
+
 class Prompt:
     """Makes the first messages of a row.
 
@@ -32,10 +43,7 @@ class Prompt:
         if spec is None:
             spec = next((column for column in USUAL_COLUMNS if column in columns), None)
             if spec is None:
-                raise DataError(
-                    f"no prompt is named, and the data has none of the columns {', '.join(USUAL_COLUMNS)} (it has: "
-                    f"{', '.join(columns)}); give prompt='<column>', a template '...{{column}}...', or a function"
-                )
+                raise NoPromptError(columns)
         if spec in columns:
             self._make = _Column(spec)
             return

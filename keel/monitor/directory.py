@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,17 +63,35 @@ def create(run_dir: str, name: str) -> RunPaths:
     """Make a new run directory: `run_dir`, or, if that is empty, runs/<date>-<name> with a number if it is taken.
 
     Raises RunDirectoryError if `run_dir` exists and holds anything: a run never overwrites another. What a run left
-    that was killed before its config was written is no run yet.
+    that was killed before its config was written is no run yet. Also raises RunDirectoryError if it cannot be made.
     """
-    paths = RunPaths(_fresh(name) if not run_dir else Path(run_dir))
-    if paths.root.exists() and (not paths.root.is_dir() or not _nothing_yet(paths.root)):
+    try:
+        paths = RunPaths(_fresh(name) if not run_dir else Path(run_dir))
+        _require_nothing(paths)
+        for directory in (paths.root, paths.steps, paths.trajectories, paths.checkpoints):
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # there is nothing to choose, but something to delete
         raise RunDirectoryError(
-            f"run directory {paths.root} is not empty, and a run never overwrites another; "
-            f"choose another with --set run_dir=..., or continue it with: keel resume {paths.root}"
-        )
-    for directory in (paths.root, paths.steps, paths.trajectories, paths.checkpoints):
-        directory.mkdir(parents=True, exist_ok=True)
+            f"run directory {run_dir or 'runs'} cannot be made: {error}; choose another with --set run_dir=..."
+        ) from error
     return paths
+
+
+def _require_nothing(paths: RunPaths) -> None:
+    root = paths.root
+    if not root.exists() or (root.is_dir() and _nothing_yet(root)):
+        return
+    another = "choose another with --set run_dir=..."
+    if not root.is_dir():
+        raise RunDirectoryError(f"run directory {root} is a file; {another}")
+    if not paths.config.is_file():
+        raise RunDirectoryError(f"run directory {root} is not empty, and holds no run; {another}")
+    raise RunDirectoryError(
+        f"run directory {root} is not empty, and a run never overwrites another; {another}, "
+        f"or continue it with: keel resume {root}"
+    )
 
 
 def _nothing_yet(root: Path) -> bool:

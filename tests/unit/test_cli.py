@@ -61,6 +61,8 @@ def test_a_wrong_config_exits_2_and_says_what_got_fix(tmp_path):
         (["train", "empty.toml"], "env.id is needed and not given"),
         (["train", "empty.toml", "--set", "steps=x"], "--set steps=x: steps has a value it does not take"),
         (["eval", "empty.toml"], "eval.num_tasks is needed and not given"),
+        (["eval", "none"], "no directory none; if it is a model of the hub, say what it is to do: env (--env"),
+        (["rollout", "empty.toml", "--model", "./none", "--set", "env.id=CalculatorEnv"], "no directory ./none"),
         (["resume", "."], "not a run directory"),
         (["quickstart", "--seed", "-1"], "--seed"),
         (["tiny-model", "--out", "."], "not empty"),

@@ -153,6 +153,25 @@ def test_rows_that_cannot_be_tasks_leave_nothing(here, rows, arguments):
     assert not Path("it").exists()
 
 
+def test_columns_that_are_not_the_usual_ones_are_asked_for_in_the_commands_words(here):
+    result = new("sums", "--data", write([{"my task": "1 + 1", "gold": "2"}]))
+    assert result.exit_code == 2
+    assert "--prompt: mine.jsonl has none of the columns prompt, messages, question (it has: my task, gold)" in (
+        " ".join(result.output.split())
+    )
+    result = new("sums", "--data", "mine.jsonl", "--prompt", "my task")
+    assert result.exit_code == 0, result.output
+    assert "the reward in sums/env.py is a place to begin" in result.output
+    assert "--answer" not in new("more", "--data", "mine.jsonl", "--prompt", "my task", "--answer", "gold").output
+
+
+def test_a_model_that_is_not_there_is_refused_at_once(here):
+    result = new("sums", "--model", "./none")
+    assert result.exit_code == 2
+    assert "there is no directory ./none" in result.output
+    assert not Path("sums").exists()
+
+
 def test_nothing_is_left_of_a_directory_that_could_not_be_written(here, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

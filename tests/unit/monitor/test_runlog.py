@@ -136,6 +136,17 @@ def test_a_run_never_overwrites_another(tmp_path):
         RunLog.open(config_for(tmp_path))
 
 
+def test_a_run_directory_that_cannot_be_is_told_with_its_reason(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(RunDirectoryError, match=r"is a file; choose another"):
+        RunLog.open(config_for(tmp_path, run_dir=str(tmp_path / "file")))
+    with pytest.raises(RunDirectoryError, match=r"cannot be made: .*Not a directory.*choose another"):
+        RunLog.open(config_for(tmp_path, run_dir=str(tmp_path / "file" / "run")))
+    with pytest.raises(RunDirectoryError, match=r"holds no run; choose another with --set run_dir=...$"):
+        RunLog.open(config_for(tmp_path, run_dir=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_unnamed_runs_get_directories_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [RunLog.open(config_for(tmp_path, run_dir="", name="sums")).close().run_dir for _ in range(3)]
