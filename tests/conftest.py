@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from keel.types import Group, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
 
 VOCAB_SIZE = 320
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("keel", deadline=None)
+settings.load_profile("keel")
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from keel.files import sync
 from keel.types import Fault
 
 SCHEMA_VERSION = 1
@@ -50,10 +50,10 @@ def writing(path: Path, step: int) -> Iterator[Path]:
     manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for item in [*_files(unfinished), *(directory for directory in unfinished.rglob("*") if directory.is_dir())]:
-        _sync(item)
-    _sync(unfinished)
+        sync(item)
+    sync(unfinished)
     _install(unfinished, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _install(unfinished: Path, path: Path) -> None:
@@ -173,11 +173,3 @@ def _fingerprint(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keel.files import write_whole
 from keel.secrecy import scrubbed, scrubbed_values
 from keel.types import UserFault
 
@@ -24,24 +25,9 @@ class RunDirectoryError(UserFault, RuntimeError):
     """A run directory cannot be made, taken over or read; says what, got and how to fix."""
 
 
-def sync_directory(path: Path) -> None:
-    """Make a rename or a new name in `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old or the new text, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(scrubbed(text))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    write_whole(path, scrubbed(text).encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -80,12 +66,18 @@ def plain_numbers(metrics: Mapping[str, float | int | None]) -> dict[str, Any]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line and wait until it is on disk."""
+    """Append one line and wait until it is on disk. One that fails (no space left) leaves nothing of itself behind."""
     line = json.dumps(scrubbed_values({"schema_version": SCHEMA_VERSION, **row}), allow_nan=False) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(line.encode())
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(end)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

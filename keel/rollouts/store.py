@@ -1,13 +1,12 @@
 """Records of a step on disk: `trajectories/000137.jsonl` (to read) and `steps/000137.safetensors` (every token stream).
 
-A file is there whole or not at all: it is written beside its name, flushed to the disk, and renamed.
+A file is there whole or not at all (`keel.files`).
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
+from keel.files import write_whole
 from keel.secrecy import scrubbed_values
 from keel.types import Fault, Message, Routes, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
 
@@ -34,7 +34,8 @@ def write_step_record(path: Path, streams: Mapping[str, np.ndarray], header: Map
     metadata = {name: json.dumps(value) for name, value in header.items()}
     metadata["schema_version"] = json.dumps(SCHEMA_VERSION)
     arrays = {name: np.ascontiguousarray(stream) for name, stream in streams.items()}
-    write_atomically(path, safetensors.numpy.save(arrays, metadata=metadata))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, safetensors.numpy.save(arrays, metadata=metadata))
 
 
 def read_step_record(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -50,11 +51,19 @@ def read_step_record(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 def write_trajectories(path: Path, trajectories: Iterable[Trajectory], *, with_tokens: bool = False) -> None:
-    """Write trajectories, one JSON object a line; keys and passwords that turn up in their texts are taken out."""
-    values = scrubbed_values([trajectory_to_json(t, with_tokens=with_tokens) for t in trajectories])
-    lines = (json.dumps(value, ensure_ascii=False) for value in values)
+    """Write trajectories, one JSON object a line; keys and passwords that turn up in their texts are taken out.
+
+    Token ids and routes are no texts: bytes spelled in base64 may look like a key by chance, and stay as they are.
+    """
+    lines = []
+    for trajectory in trajectories:
+        value = scrubbed_values(trajectory_to_json(trajectory))
+        if with_tokens:
+            value["segments"] = _segments_to_json(trajectory)
+        lines.append(json.dumps(value, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair is no UTF-8; as an escape it is JSON.
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+    write_whole(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def read_trajectories(path: Path) -> list[Trajectory]:
@@ -87,7 +96,7 @@ def trajectory_to_json(trajectory: Trajectory, *, with_tokens: bool = False) -> 
         "turns": [_turn_to_json(turn) for turn in trajectory.turns],
     }
     if with_tokens:
-        value["segments"] = [[_span_to_json(span) for span in segment] for segment in trajectory.segments]
+        value["segments"] = _segments_to_json(trajectory)
     return value
 
 
@@ -110,22 +119,6 @@ def trajectory_from_json(value: Mapping[str, Any]) -> Trajectory:
         error=value["error"],
         metrics=value["metrics"],
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old one, the new one or none, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one writer: a kill leaves at most this one
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
 
 
 def _check_version(value: Mapping[str, Any], what: object) -> None:
@@ -156,6 +149,10 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 def _turn_from_json(value: Mapping[str, Any]) -> Turn:
     messages = {name: tuple(Message(**message) for message in value[name]) for name in ("reply", "observation")}
     return Turn(**{**value, **messages, "dropped": tuple(value.get("dropped", ()))})
+
+
+def _segments_to_json(trajectory: Trajectory) -> list[list[dict[str, Any]]]:
+    return [[_span_to_json(span) for span in segment] for segment in trajectory.segments]
 
 
 def _span_to_json(span: TokenSpan) -> dict[str, Any]:

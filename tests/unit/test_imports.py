@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "keel"
 STANDARD = set(sys.stdlib_module_names)
-ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins", "keel.secrecy"}
+ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins", "keel.secrecy", "keel.files"}
 """Floor 0 of the plan (and the bare package, for its version)."""
 CONFIG_FILES = {f"keel.{path.stem}" for path in ROOT.glob("config*.py")} | {"keel.types", "keel.plugins"}
 FLOOR_FOUR = {"keel.loop", "keel.build", "keel.records", "keel.recipes", "keel.evaluation", "keel.quickstart"}
@@ -35,13 +35,14 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.types": (set(), set()),
     "keel.plugins": ({"keel.types"}, set()),
     "keel.secrecy": ({"keel.types"}, set()),
+    "keel.files": (set(), set()),
     "keel.config": ({"keel.types"}, {"pydantic"}),
     "keel.ops": (set(), {"torch"}),
     "keel.chat": (ANYWHERE, {"tokenizers", "transformers", "jinja2"}),
     "keel.envs": (ANYWHERE | {"keel.chat.base", "keel.rewards"}, {"pydantic", "reasoning_gym", "pyarrow"}),
     "keel.rewards": (ANYWHERE | {"keel.chat.base"}, set()),
     "keel.sandbox": (ANYWHERE, {"psutil"}),
-    "keel.monitor": (CONFIG_FILES | {"keel.secrecy"}, LIGHT),
+    "keel.monitor": (CONFIG_FILES | {"keel.secrecy", "keel.files"}, LIGHT),
     "keel.report": (ANYWHERE | {"keel.monitor", "keel.runs"}, {"numpy", "tokenizers", "plotly"}),
     "keel.batch": ({"keel.types"}, {"torch", "numpy"}),
     "keel.models": (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 
 import pytest
 from hypothesis import given
@@ -59,6 +61,22 @@ def test_numbers_json_has_no_word_for_become_null_and_are_spelled_out(tmp_path):
     assert row == {"a": 1.5, "b": None, "c": None, "d": None, "e": 3, "not_finite": {"b": "nan", "c": "-inf"}}
     append_row(tmp_path / "rows", row)
     json.loads((tmp_path / "rows").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_row_that_cannot_be_written_leaves_the_others_readable(tmp_path, monkeypatch):
+    """A disk that is full for a while: what was half written is taken back, and later rows stand behind whole ones."""
+    path = tmp_path / "metrics.jsonl"
+    append_row(path, {"n": 1})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            append_row(path, {"n": 2})
+    append_row(path, {"n": 3})
+    assert [row["n"] for row in read_rows(path)] == [1, 3]
 
 
 def test_a_failed_replacement_leaves_the_old_text(tmp_path):
