@@ -80,6 +80,18 @@ def test_every_chart_draws_its_lines(open_page, report_of):
     assert page.locator(".modebar-btn").count() == 0
 
 
+def test_every_evaluation_stands_in_a_table(open_page, report_of):
+    page = open_page(report_of("thousand"))
+    table = page.locator("[aria-label=Evaluations]")
+    heads = [text.lower() for text in table.locator("thead th").all_inner_texts()]
+    assert heads[1:] == ["training step", "tasks", "success", "reward", "pass@1", "pass@4"]
+    assert table.locator("tbody th").all_inner_texts() == ["initial", "step 250", "step 500", "final"]
+    last = [text.replace("\u00a0", " ") for text in table.locator("tbody tr").last.locator("td").all_inner_texts()]
+    assert last[:2] == ["1,200", "512"]
+    assert last[2].startswith("96.1 % (")
+    assert last[5].startswith("100")
+
+
 def test_one_pointer_moves_through_all_charts(open_page, report_of):
     page = open_page(report_of("thousand"))
     page.wait_for_selector("[data-chart=gradient] path.js-line", state="attached")

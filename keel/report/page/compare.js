@@ -145,23 +145,6 @@ function divergencePanel(data) {
   );
 }
 
-function tableOf(title, head, rows, none) {
-  const cells = (row) => row.map(
-    (cell, at) => el(
-      at === 0 ? "th" : "td",
-      at === 0 ? { scope: "row" } : {},
-      cell ?? el("span", { class: "muted" }, "\u2013"),
-    )
-  );
-  const table = el("div", { class: "table-scroll" },
-    el("table", { class: "table" },
-      el("thead", {}, el("tr", {}, head.map((word) => el("th", { scope: "col" }, word)))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, cells(row)))),
-    ),
-  );
-  return panel(title, "", rows.length ? table : emptyText(none));
-}
-
 function configTable(data) {
   const value = (text) => (text === null || text === undefined ? null : foreign(text, { limit: 120 }));
   return tableOf(

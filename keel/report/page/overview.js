@@ -156,7 +156,8 @@ function buildOverview(section, store, before) {
       timePanel(data.time),
       episodesPanel(data, (reference) => store.find(reference)),
     ),
-    data.sampling ? el("ul", { class: "sampling muted" }, noteItem(data.sampling)) : null);
+    data.sampling ? el("ul", { class: "sampling muted" }, noteItem(data.sampling)) : null,
+    data.evaluations.length ? evaluationsPanel(data.evaluations) : null);
   const plots = [];
   const zoom = (next) => {
     view.range = next ?? axis.range;

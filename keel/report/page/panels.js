@@ -159,3 +159,41 @@ function panel(title, aside, ...body) {
 function emptyText(text) {
   return el("p", { class: "empty-text" }, text);
 }
+
+function tableOf(title, head, rows, none) {
+  const cells = (row) => row.map(
+    (cell, at) => el(
+      at === 0 ? "th" : "td",
+      at === 0 ? { scope: "row" } : {},
+      cell ?? el("span", { class: "muted" }, "\u2013"),
+    )
+  );
+  const table = el("div", { class: "table-scroll" },
+    el("table", { class: "table" },
+      el("thead", {}, el("tr", {}, head.map((word) => el("th", { scope: "col" }, word)))),
+      el("tbody", {}, rows.map((row) => el("tr", {}, cells(row)))),
+    ),
+  );
+  return panel(title, "", rows.length ? table : emptyText(none));
+}
+
+/** "98.8 % (97.5 % to 99.5 %)". */
+function withInterval(value, low, high) {
+  if (typeof value !== "number") return null;
+  return percent(value) + (typeof low === "number" ? ` (${percent(low)} to ${percent(high)})` : "");
+}
+
+/** Every evaluation with all it measured; pass@k has a column for each k that some evaluation has. */
+function evaluationsPanel(evaluations) {
+  const powers = [...new Set(evaluations.flatMap((one) => Object.keys(one.pass_at_k ?? {})))].sort((a, b) => a - b);
+  const rows = evaluations.map((one) => [
+    foreign(String(one.name).replaceAll("_", " "), { limit: 80, more: false }), number(one.train_step),
+    number(one.num_tasks), withInterval(one.success, one.success_low, one.success_high), number(one.reward),
+    ...powers.map((k) => {
+      const found = own(one.pass_at_k ?? {}, k);
+      return found ? withInterval(found.value, found.low, found.high) : null;
+    }),
+  ]);
+  const head = ["", "training step", "tasks", "success", "reward", ...powers.map((k) => `pass@${k}`)];
+  return tableOf("Evaluations", head, rows, "Nothing has been evaluated yet.");
+}
