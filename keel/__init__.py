@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from keel.envs.tools import tool
     from keel.evaluation import evaluate
     from keel.evaluation_result import EvaluationResult
-    from keel.monitor.runlog import RunSummary
+    from keel.monitor.summary import RunSummary
     from keel.runs import Run, StepRecord, load_record, load_run
     from keel.signal_check import rollout
     from keel.signal_result import RolloutResult
@@ -68,7 +68,7 @@ _HOMES = {
     "Reply": "keel.chat.base:Reply",
     "RolloutResult": "keel.signal_result:RolloutResult",
     "Run": "keel.runs:Run",
-    "RunSummary": "keel.monitor.runlog:RunSummary",
+    "RunSummary": "keel.monitor.summary:RunSummary",
     "Step": "keel.envs.base:Step",
     "StepRecord": "keel.runs:StepRecord",
     "Task": "keel.types:Task",

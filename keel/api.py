@@ -12,7 +12,7 @@ from typing import Any
 
 from keel.envs.base import Env
 from keel.given import ConfigSource, configured, given_again
-from keel.monitor.runlog import RunSummary
+from keel.monitor.summary import RunSummary
 from keel.rewards.base import Reward
 from keel.runs import load_run
 

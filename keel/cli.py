@@ -26,7 +26,7 @@ from keel.secrecy import scrubbed
 from keel.types import Fault
 
 if TYPE_CHECKING:
-    from keel.monitor.runlog import RunSummary
+    from keel.monitor.summary import RunSummary
 
 ONLY_READ = ("report", "compare", "tiny-model", "new", "recipes", "export")
 DEBUG_VARIABLE = "KEEL_DEBUG"

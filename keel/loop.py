@@ -16,7 +16,8 @@ from keel.learner.gradient import bound_corrections
 from keel.monitor.exhausted import told_if_exhausted
 from keel.monitor.progress import Watch
 from keel.monitor.rules import Monitor
-from keel.monitor.runlog import RunLog, RunSummary, completed_run
+from keel.monitor.runlog import RunLog
+from keel.monitor.summary import RunSummary, completed_run
 from keel.records import largest_sizes, write_records
 from keel.types import Group, Verdict
 

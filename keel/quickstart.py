@@ -8,7 +8,7 @@ from pathlib import Path
 
 from keel import config_load
 from keel.config import TrainConfig
-from keel.monitor.runlog import RunSummary
+from keel.monitor.summary import RunSummary
 
 RECIPE = "quickstart.toml"
 

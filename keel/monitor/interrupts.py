@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from keel.monitor.runlog import RunSummary
+    from keel.monitor.summary import RunSummary
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 WORDS = {signal.SIGINT: "interrupted from the keyboard", signal.SIGTERM: "ended by SIGTERM"}
@@ -45,7 +45,7 @@ class Interrupts:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in HANDLED:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: one that is not Python's
                     self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -13,14 +13,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from keel import config_load
 from keel.config import TrainConfig
-from keel.monitor import cells, directory, environment, live, trackers
+from keel.monitor import directory, environment, live, trackers
 from keel.monitor.interrupts import Interrupts, RunInterruptedError
 from keel.monitor.progress import Progress
 from keel.monitor.rows import (
@@ -34,48 +34,12 @@ from keel.monitor.rows import (
     write_text,
 )
 from keel.monitor.rules import Alarm
+from keel.monitor.summary import RunSummary, State
 from keel.monitor.watchdog import Watchdog
 from keel.secrecy import refuse_secrets
 from keel.types import Verdict
 
-State = Literal["starting", "running", "completed", "stopped", "interrupted", "failed"]
 Metrics = Mapping[str, float | int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """How a run ended: `state` "completed", "stopped" by the monitor or "interrupted" by the user (with `reason`);
-    `steps` rows of training; `eval`: metrics of each named evaluation; `alarms`: how many of each rule; `seconds` per
-    stage."""
-
-    run_dir: str
-    state: State
-    reason: str = ""
-    steps: int = 0
-    eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    alarms: Mapping[str, int] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
-    def _repr_html_(self) -> str:
-        named: dict[str, object] = {"reason": self.reason or None, "directory": self.run_dir, "steps": self.steps}
-        named |= {f"success, {name}": live.success_share(metrics) for name, metrics in self.eval.items()}
-        named |= {f"alarms: {rule}": count for rule, count in self.alarms.items()}
-        named |= {f"time, {name}": live.duration(seconds) for name, seconds in self.seconds.items()}
-        return cells.facts(f"run {self.state}", named)
-
-
-def completed_run(run_dir: Path) -> RunSummary | None:
-    """The summary of a run that has nothing left to do, else None. Raises RunDirectoryError if it is no run."""
-    paths = directory.reopen(run_dir)
-    if not paths.status.exists() or read_json(paths.status)["state"] != "completed":
-        return None
-    written = read_json(paths.summary)
-    config = config_load.parse(config_load.read_text(paths.config), str(paths.config), resolve_plugins=False)
-    if written["steps"] < config.steps:
-        return None  # given more steps since
-    reason = "it was complete before; nothing was done"
-    known = ("steps", "eval", "alarms", "seconds")
-    return RunSummary(str(run_dir), "completed", reason, **{name: written[name] for name in known})
 
 
 class RunLog:
@@ -101,7 +65,7 @@ class RunLog:
         self._alarms = Counter[str]()  # by rule
         self._closed = False
         self._display = live.open_display(config.log.live, paths.root.name)
-        self._trackers: list[trackers.Tracker] = []
+        self._trackers = trackers.Trackers(self.note)
         self._status: tuple[State, str] = ("starting", "")
         self._writing = threading.RLock()  # rows and status are the watchdog's too
         self.progress = Progress()
@@ -127,7 +91,7 @@ class RunLog:
         write_json(run.paths.environment, environment.collect_environment())
         write_text(run.paths.config, config_load.dump(config))  # last: with its config it is a run, and can be resumed
         run._set_status("starting")
-        run._trackers = trackers.open_trackers(config.log, run.paths.root, config.model_dump(mode="json"))
+        run._open_trackers()
         return run
 
     @classmethod
@@ -139,7 +103,7 @@ class RunLog:
         run = cls(paths, config)
         run._num_rows = len(read_rows(paths.metrics))
         run._set_status("starting", "resuming")
-        run._trackers = trackers.open_trackers(config.log, paths.root, config.model_dump(mode="json"))
+        run._open_trackers()
         return run
 
     def note_environment(self, **facts: Any) -> list[str]:
@@ -161,6 +125,16 @@ class RunLog:
             warnings.warn(text, stacklevel=2)
             self._display.note(f"warning: {text}")
         return changes
+
+    def _open_trackers(self) -> None:
+        """Those of the config; if one cannot begin, neither does the run."""
+        config = self.config
+        try:
+            for tracker in trackers.open_trackers(config.log, self.paths.root, config.model_dump(mode="json")):
+                self._trackers.add(tracker)
+        except BaseException as error:
+            self.close("failed", f"{type(error).__name__}: {error}")
+            raise
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[None]:
@@ -198,11 +172,8 @@ class RunLog:
         self._append({"kind": "step", "stage": stage, "step": step}, metrics)
         self._set_status("running")
         self._display.step(stage, self._num_steps[stage] - 1, metrics)
-        for tracker in self._trackers:
-            tracker.log(
-                self._train_step,
-                {f"{stage}/{name}" if stage != "reinforcement" else name: metrics[name] for name in metrics},
-            )
+        named = {f"{stage}/{name}" if stage != "reinforcement" else name: metrics[name] for name in metrics}
+        self._trackers.log(self._train_step, named)
 
     def log_eval(self, name: str, metrics: Metrics, *, step: int) -> None:
         """Append an evaluation's row; `name` is its key in summary.json ("initial", "after_warm_start", "final").
@@ -213,8 +184,7 @@ class RunLog:
         self._append({"kind": "eval", "name": name, "step": step}, prefixed)
         self._evaluations[name] = {"step": step, **plain_numbers(metrics)}
         self._display.note(f"eval {name}: {live.describe_evaluation(metrics)}")
-        for tracker in self._trackers:
-            tracker.log(self._train_step, prefixed)
+        self._trackers.log(self._train_step, prefixed)
 
     def log_alarm(self, alarm: Alarm, *, step: int, stage: str = "reinforcement") -> None:
         """Append an alarm's row and show it; `step` is the one it was raised at, logged before."""
@@ -229,7 +199,7 @@ class RunLog:
 
     def add_tracker(self, tracker: trackers.Tracker) -> None:
         """Have one more thing told of every step from now on, and closed after the run's last status is written."""
-        self._trackers.append(tracker)
+        self._trackers.add(tracker)
 
     def note(self, text: str) -> None:
         """Show a line; text of a model or a task is shown as it is, never as markup."""
@@ -309,16 +279,15 @@ class RunLog:
         if self._closed:
             return summary
         self._closed = True
-        self._watchdog.stop()
-        with self._interrupts.held_off():
-            write_json(self.paths.summary, asdict(summary))
-            self._set_status(state, reason)
-        if state == "interrupted" or (state == "failed" and any(self.paths.checkpoints.iterdir())):
-            self.note(f"{state}: {reason}; to go on: keel resume {self.paths.root}")
-        self._display.close()
-        for tracker in self._trackers:
-            tracker.close()
-        self._held.close()
+        with self._held:  # whatever happens here, the directory and the terminal are let go in the end
+            self._held.callback(self._display.close)
+            with self._interrupts.held_off():
+                self._watchdog.stop()
+                write_json(self.paths.summary, asdict(summary))
+                self._set_status(state, reason)
+            if state == "interrupted" or (state == "failed" and any(self.paths.checkpoints.iterdir())):
+                self.note(f"{state}: {reason}; to go on: keel resume {self.paths.root}")
+            self._trackers.close()
         return summary
 
     def __enter__(self) -> Self:
@@ -347,7 +316,8 @@ class RunLog:
         self._booked = now
 
     def _beat(self) -> None:
-        self._set_status(*self._status)
+        with self._writing:
+            self._set_status(*self._status)
 
     def _set_status(self, state: State, reason: str = "") -> None:
         value = {

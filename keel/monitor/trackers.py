@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -26,6 +27,36 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Trackers:
+    """A run's trackers. They are an account of the run and no part of it: what one of them cannot do is told once,
+    through `tell`, and the run goes on."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._trackers: list[Tracker] = []
+        self._tell = tell
+        self._told: set[int] = set()
+
+    def add(self, tracker: Tracker) -> None:
+        self._trackers.append(tracker)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for tracker in self._trackers:
+            self._try(tracker, functools.partial(tracker.log, step, metrics))
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            self._try(tracker, tracker.close)
+
+    def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 (another's code, and nothing that it does may end a run)
+            if id(tracker) not in self._told:
+                self._told.add(id(tracker))
+                name = type(tracker).__name__.strip("_")
+                self._tell(f"the tracker {name} failed, the run goes on: {type(error).__name__}: {error}")
 
 
 def require(names: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import queue
 import threading
 import time
@@ -45,7 +47,7 @@ class Watchdog:
         self._texts = queue.SimpleQueue[str | None]()
         self._counts = progress.counts()
         self._still_since = self._ticked = self._beaten = clock()
-        self._stalled = False
+        self._stalled = self._failed = False
         self._thread = threading.Thread(target=self._watch, name="keel-watchdog", daemon=True)
 
     def start(self) -> None:
@@ -66,11 +68,22 @@ class Watchdog:
             try:
                 text = self._texts.get(timeout=TICK_S)
             except queue.Empty:
-                self.tick()
+                self._try(self.tick)
                 continue
             if text is None:
                 return
-            self._note(text)
+            self._try(functools.partial(self._note, text))
+
+    def _try(self, act: Callable[[], None]) -> None:
+        """A full disk, or a terminal that is gone, is the run's to notice; the watch goes on, and says once that it
+        could not do its part."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 (what watches must neither end a run nor cease to watch it)
+            if not self._failed:
+                self._failed = True
+                with contextlib.suppress(Exception):
+                    self._note(f"the watchdog could not do its part, and goes on: {type(error).__name__}: {error}")
 
     def tick(self) -> None:
         """Look once; the thread does every second."""

@@ -16,7 +16,7 @@ import keel
 from keel import cli, config_load
 from keel.config import TrainConfig
 from keel.config_docs import as_markdown
-from keel.monitor.runlog import RunSummary
+from keel.monitor.summary import RunSummary
 from keel.plugins import PluginError
 from keel.rollouts.collector import RolloutError
 

@@ -20,7 +20,8 @@ from keel.config import EnvConfig, LogConfig, TrainConfig
 from keel.monitor.printable import printable
 from keel.monitor.rows import RunDirectoryError, write_json
 from keel.monitor.rules import Alarm
-from keel.monitor.runlog import RunLog, RunSummary
+from keel.monitor.runlog import RunLog
+from keel.monitor.summary import RunSummary
 from keel.records import step_streams
 from keel.rollouts.store import write_step_record, write_trajectories
 from keel.runs import Run, load_record, load_run

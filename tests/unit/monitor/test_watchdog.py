@@ -57,6 +57,20 @@ def test_a_stall_is_told_once_and_again_if_there_is_another(world, tmp_path):
     assert len(list((tmp_path / "stalls").iterdir())) == 2
 
 
+def test_what_fails_in_the_watchdog_is_told_once_and_it_goes_on(world):
+    def full():
+        raise OSError("no space left on the device")
+
+    world.watchdog._beat = full
+    for _ in range(3):
+        world.now += HEARTBEAT_S
+        world.watchdog._try(world.watchdog.tick)
+    assert world.notes == ["the watchdog could not do its part, and goes on: OSError: no space left on the device"]
+    world.now += 10
+    world.watchdog._try(world.watchdog.tick)
+    assert len(world.alarms) == 1
+
+
 def test_what_counts_as_movement(world):
     count = 0
     world.progress.watched = Watched(counts=lambda: (count,))
