@@ -142,6 +142,9 @@ class AlgoConfig(Section):
     )
     trust_region: Plugins = Field((), description="which tokens may still move the policy, one or several masks")
     reduction: Plugin = Field(Plugin(id="token_mean"), description="per-token losses -> the update's loss")
+    whiten_advantages: bool = Field(
+        False, description="scale the batch's advantages to mean 0 and standard deviation 1 over its loss tokens"
+    )
     rejected_in_baseline: bool = Field(
         False, description="compare with attempts that a correction left out whole; off: they leave before statistics"
     )

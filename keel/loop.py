@@ -157,7 +157,13 @@ def measure(config: TrainConfig, run: RunLog, parts: Parts, name: str) -> None:
 def with_advantages(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:
     """Advantages of what the correction left, and what the update's loss will be divided by."""
     function = plugins.resolve(algo.advantage.id, "keel.algo.advantage")
-    batch = add_advantages(batch, function, algo.advantage.options, rejected_in_baseline=algo.rejected_in_baseline)
+    batch = add_advantages(
+        batch,
+        function,
+        algo.advantage.options,
+        rejected_in_baseline=algo.rejected_in_baseline,
+        whiten=algo.whiten_advantages,
+    )
     reduction = plugins.resolve(algo.reduction.id, "keel.algo.reduction")
     return set_reduction(batch, reduction, algo.reduction.options)
 

@@ -17,7 +17,7 @@ from keel.algo.reduce import masked_sum
 from keel.algo.reduction import Reduction
 from keel.batch import MicroBatch, PackedBatch
 
-__all__ = ["add_advantages", "correct", "set_reduction"]
+__all__ = ["add_advantages", "correct", "set_reduction", "whiten_advantages"]
 
 
 def add_advantages(
@@ -26,11 +26,13 @@ def add_advantages(
     options: Mapping[str, Any],
     *,
     rejected_in_baseline: bool = False,
+    whiten: bool = False,
 ) -> PackedBatch:
     """Give every loss token the advantage of its trajectory, compared within its group.
 
     Failed attempts are not in the batch and so in no statistic; nor, unless `rejected_in_baseline`, are trajectories
-    that a correction left out whole: the others of their group are compared with what they are trained beside.
+    that a correction left out whole: the others of their group are compared with what they are trained beside. With
+    `whiten` the batch's advantages are then scaled together (`whiten_advantages`).
     Metrics: `advantage/zero_share` (share of groups whose attempts are all alike: no signal), `advantage/groups`.
     Raises ValueError if the function changes the shape or returns a non-finite value.
     """
@@ -53,12 +55,33 @@ def add_advantages(
     micro_batches = (_with_advantages(micro_batch, per_trajectory) for micro_batch in batch.micro_batches)
     count = len(present)
     metrics = {"advantage/groups": float(count), "advantage/zero_share": flat / count if count else 0.0}
-    return batch.with_micro_batches(micro_batches, metrics)
+    advised = batch.with_micro_batches(micro_batches, metrics)
+    return whiten_advantages(advised) if whiten else advised
 
 
 def _with_advantages(micro_batch: MicroBatch, per_trajectory: torch.Tensor) -> MicroBatch:
     rows = per_trajectory.to(micro_batch.input_ids.device)[micro_batch.row_to_trajectory]
     return replace(micro_batch, advantages=torch.where(micro_batch.loss_mask, rows, torch.zeros_like(rows)))
+
+
+def whiten_advantages(batch: PackedBatch, *, eps: float = 1e-8) -> PackedBatch:
+    """`(A - mean) / (std + eps)`, both over the loss tokens of the whole batch, in float64.
+
+    After `group_mean`, the second half of REINFORCE++ with a baseline (Hu et al. 2025, "REINFORCE++", arXiv
+    2501.03262). A batch whose advantages are all alike is left as it is: it has no signal to scale up.
+    """
+    chosen = [m.advantages[m.loss_mask].double() for m in batch.micro_batches if m.advantages is not None]
+    every = torch.cat(chosen) if chosen else torch.zeros(0)
+    if every.numel() < 2 or bool((every == every[0]).all()):
+        return batch
+    mean, std = every.mean(), every.std(correction=0) + eps
+    whitened = []
+    for micro_batch in batch.micro_batches:
+        assert micro_batch.advantages is not None
+        values = ((micro_batch.advantages.double() - mean) / std).to(micro_batch.advantages.dtype)
+        masked = torch.where(micro_batch.loss_mask, values, torch.zeros_like(values))
+        whitened.append(replace(micro_batch, advantages=masked))
+    return batch.with_micro_batches(whitened)
 
 
 def set_reduction(batch: PackedBatch, reduction: Callable[..., Reduction], options: Mapping[str, Any]) -> PackedBatch:

@@ -6,5 +6,6 @@ The public names below are also the short names that a config may give.
 from __future__ import annotations
 
 from keel.rewards.answers import exact_match
+from keel.rewards.length import soft_overlong
 
-__all__ = ["exact_match"]
+__all__ = ["exact_match", "soft_overlong"]

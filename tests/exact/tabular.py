@@ -102,6 +102,7 @@ class Expectation:
     reduction: Callable[..., Reduction] | None = None
     trust_regions: Sequence[Callable[[LossInputs], torch.Tensor]] = ()
     rejected_in_baseline: bool = False
+    whiten: bool = False
 
     def gradient(self) -> np.ndarray:
         """The expected gradient of the loss, `[7, 3]`."""
@@ -151,7 +152,8 @@ class Expectation:
         )
         batch = replace(batch.with_micro_batches([scored]), rewards=batch.rewards.double())
         batch = correct(batch, self.corrections)
-        batch = add_advantages(batch, self.advantage, {}, rejected_in_baseline=self.rejected_in_baseline)
+        options = {"rejected_in_baseline": self.rejected_in_baseline, "whiten": self.whiten}
+        batch = add_advantages(batch, self.advantage, {}, **options)
         return batch if self.reduction is None else set_reduction(batch, self.reduction, {})
 
 

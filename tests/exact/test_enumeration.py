@@ -125,6 +125,19 @@ def test_dividing_by_the_standard_deviation_leaves_the_sign_only():
     assert close(found, expected(of_pair, POLICY))
 
 
+def test_whitened_advantages_have_mean_0_and_deviation_1_over_a_batchs_tokens():
+    def of_pair(i: int, j: int) -> np.ndarray:
+        half = (REWARD[i] - REWARD[j]) / 2
+        tokens = np.repeat([half, -half], [LENGTHS[i], LENGTHS[j]])
+        if half == 0:
+            return np.zeros(SHAPE)
+        values = (tokens - tokens.mean()) / (tokens.std() + 1e-8)
+        return -np.einsum("t,tij->ij", values, np.concatenate([SCORES[i], SCORES[j]]))
+
+    found = Expectation(POLICY, POLICY, REWARD, group_mean, reinforce, whiten=True).gradient()
+    assert close(found, expected(of_pair, POLICY))
+
+
 def whole(value: Callable[[int], float]) -> Weights:
     return lambda n: np.full(LENGTHS[n], value(n))
 
