@@ -21,7 +21,7 @@ from keel.chat.factory import make_chat
 from keel.config import TrainConfig, WarmStartConfig
 from keel.envs.base import Env, NoDemonstrationsError
 from keel.envs.calls import told
-from keel.envs.load import EnvFactory
+from keel.envs.load import EnvFactory, tasks_of
 from keel.models.tiny import CHATML_SPECIAL_TOKENS, HARMONY_SPECIAL_TOKENS, build_tiny_model, build_tiny_tokenizer
 from keel.rollouts.demonstrate import Demonstrations, DemonstrationSource
 from keel.rollouts.loop_thread import run_once
@@ -102,7 +102,7 @@ async def _asked(factory: EnvFactory, chat: Chat) -> tuple[list[str], list[list[
     """The texts of the first `NUM_TASKS` tasks' data, and the tokens of their first prompts."""
     env = factory()
     try:
-        tasks = env.tasks("train")
+        tasks = tasks_of(env, "train")
         chosen = [tasks[index] for index in range(min(NUM_TASKS, len(tasks)))]
         prompts = []
         for task in chosen:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keel.config import EnvConfig
-from keel.envs.base import Env
+from keel.envs.base import Env, Split
 from keel.envs.calls import told
 from keel.plugins import PluginError, check_options, resolve
+from keel.types import Fault, Task
 
 EnvFactory = Callable[[], Env]
+_NEEDED = ("tasks", "reset", "step")
 
 
 def env_factory(config: EnvConfig) -> EnvFactory:
@@ -36,4 +38,23 @@ def _make(target: Callable[..., Any], name: str, options: dict[str, Any]) -> Env
         raise PluginError(f"environment {name!r} could not be made: {told(error)}") from error
     if not isinstance(made, Env):
         raise PluginError(f"environment {name!r} made a {type(made).__name__}; it must make a keel.envs.base.Env")
+    if missing := [method for method in _NEEDED if _inherited(made, method)]:
+        raise PluginError(f"environment {name!r} has no {', '.join(missing)}; it needs tasks, reset and step")
     return made
+
+
+def _inherited(env: Env, method: str) -> bool:
+    """Is it `Env`'s own, which only raises?"""
+    return getattr(getattr(env, method), "__func__", None) is getattr(Env, method)
+
+
+def tasks_of(env: Env, split: Split) -> Sequence[Task]:
+    """The tasks of a split. Raises PluginError with the place in the environment's code if it cannot tell them."""
+    try:
+        tasks = env.tasks(split)
+        len(tasks)
+    except Fault:
+        raise
+    except Exception as error:
+        raise PluginError(f"tasks({split!r}) of {type(env).__name__} raised {told(error)}") from error
+    return tasks

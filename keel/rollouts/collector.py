@@ -21,7 +21,7 @@ from keel.config import EnvConfig, RolloutConfig
 from keel.engines.base import Engine
 from keel.envs.base import Split
 from keel.envs.calls import told
-from keel.envs.load import EnvFactory
+from keel.envs.load import EnvFactory, tasks_of
 from keel.rewards.base import Reward
 from keel.rollouts.activity import Activity
 from keel.rollouts.episode import Attempt, EpisodeSettings, add_reward, failed_attempt, run_episode
@@ -96,7 +96,7 @@ class Collector:
 
     def tasks(self, split: Split) -> Sequence[Task]:
         """All tasks of a split, as the environment orders them."""
-        return self._env.tasks(split)
+        return tasks_of(self._env, split)
 
     def next_groups(self, step: int) -> list[Group]:
         """The groups of `step`, which must follow the last one: `groups_per_step`, in the order of their tasks.
@@ -188,7 +188,7 @@ class Collector:
         """Made when first needed: a collector that only evaluates needs no training tasks."""
         if self._schedule is None:
             per_step = self._config.groups_per_step
-            self._schedule = TaskSchedule(self._env.tasks("train"), per_step=per_step, seed=self._seed)
+            self._schedule = TaskSchedule(self.tasks("train"), per_step=per_step, seed=self._seed)
         return self._schedule
 
     def _look_ahead(self, step: int) -> None:

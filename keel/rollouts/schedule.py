@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from keel.types import Fault, Task
+from keel.types import Task, UserFault
 
 
-class ScheduleError(Fault, ValueError):
+class ScheduleError(UserFault, ValueError):
     """Tasks and saved position do not belong together; says what, got and how to fix."""
 
 

@@ -14,6 +14,8 @@ import pytest
 from keel.config import EnvConfig, RolloutConfig
 from keel.engines.base import EngineError, GenerateRequest
 from keel.envs.base import Env, Step
+from keel.envs.load import env_factory
+from keel.plugins import PluginError
 from keel.rollouts.collector import Collector, RolloutError
 from keel.rollouts.loop_thread import LoopThread
 from keel.rollouts.metrics import max_staleness
@@ -45,6 +47,21 @@ class Digits(Env):
 
     def close(self) -> None:
         type(self).closed += 1
+
+
+class Untold(Digits):
+    def tasks(self, split: str) -> Sequence[Task]:
+        raise FileNotFoundError(f"no rows for {split}")
+
+
+class Nothing(Digits):
+    def tasks(self, split: str) -> Sequence[Task]:
+        return []
+
+
+class Misspelt(Env):
+    def task(self, split: str) -> Sequence[Task]:
+        return TASKS
 
 
 def digit(request: GenerateRequest) -> str:
@@ -397,3 +414,21 @@ def test_ctrl_c_comes_out_and_nothing_is_left_running(letter_chat: Any, replay_e
         assert collector.state()["next_step"] == 0
     assert engine.running == 0
     assert sorted(engine.ended) == sorted(request.session_id for request in engine.requests)
+
+
+def test_an_environment_without_tasks_is_the_users_to_mend(replay_engine, letter_chat):
+    with make(replay_engine(digit), letter_chat(), Untold) as collector:
+        with pytest.raises(PluginError, match=r"tasks\('train'\) of Untold raised FileNotFoundError: no rows.*py:\d+"):
+            collector.next_groups(0)
+        with pytest.raises(PluginError, match=r"tasks\('eval'\)"):
+            collector.tasks("eval")
+    with make(replay_engine(digit), letter_chat(), Nothing) as collector:
+        with pytest.raises(ScheduleError, match="no tasks to train on") as caught:
+            collector.next_groups(0)
+        assert caught.value.exit_code == 2
+
+
+def test_an_environment_that_lacks_a_method_is_refused_by_its_name():
+    factory = env_factory(EnvConfig(id=f"{__name__}:Misspelt"))
+    with pytest.raises(PluginError, match="has no tasks, reset, step"):
+        factory()
