@@ -71,6 +71,7 @@ class Watchdog:
                 self._try(self.tick)
                 continue
             if text is None:
+                self._try(self.tick)  # what has moved since the last look is told too
                 return
             self._try(functools.partial(self._note, text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_tracker_that_fails_ends_no_run_and_is_told_of_once(tmp_path, capsys):
 
 def test_a_tracker_that_cannot_begin_lets_go_of_the_directory(tmp_path, monkeypatch):
     """In a notebook the process lives on, and so would the lock."""
-    monkeypatch.setattr("tensorboard.summary.Writer", lambda _: 1 / 0)
+    monkeypatch.setattr(importlib.import_module("tensorboard.summary"), "Writer", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         RunLog.open(config_for(tmp_path))
     assert caught.traceback  # which holds the run
