@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
@@ -71,12 +71,12 @@ class RolloutResult:
     weights, and absent if there was none. `episode` is one of the trajectories, as tokens were read and drawn.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...] = field(repr=False)  # megabytes of tokens
     metrics: Mapping[str, float]
     projection: Projection
     memory: MemoryUse
-    shown: Trajectory
-    episode: tuple[EpisodePart, ...]
+    shown: Trajectory = field(repr=False)
+    episode: tuple[EpisodePart, ...] = field(repr=False)
     device: str = "cpu"
     notes: tuple[str, ...] = ()
 
@@ -195,6 +195,13 @@ class RolloutResult:
         if memory.card_peak is not None and memory.card is not None:
             rows.append(("memory of the card", f"held {mebibytes(memory.card_peak)} of {mebibytes(memory.card)}"))
         return rows
+
+    def __str__(self) -> str:
+        """The figures and the verdict, as `keel rollout` prints them, without the episode."""
+        rows = [f"{label:<30}{one_line(text)}" for label, text in self.rows()]
+        judgement = self.judgement
+        causes = [f"- {one_line(cause.seen)}: {one_line(cause.advice)}" for cause in judgement.causes]
+        return "\n".join([*rows, *(f"note: {one_line(note)}" for note in self.notes), judgement.text, *causes])
 
     def _repr_html_(self) -> str:
         """The figures and the verdict for a notebook; every text is escaped."""

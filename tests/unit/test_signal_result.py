@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from keel.cli_rollout import ABRIDGED, as_text, print_result
+from keel.cli.rollout import ABRIDGED, as_text, print_result
 from keel.rollouts.metrics import rollout_metrics
 from keel.signal_result import MIB, MemoryUse, Projection, RolloutResult, episode_parts, episode_to_show
 from keel.types import Group, Message, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
@@ -150,6 +150,14 @@ def test_long_texts_are_cut_unless_all_is_asked_for():
     assert as_text(found, whole=True).count("x") >= 5 * (ABRIDGED + 77)
 
 
+def test_a_result_prints_its_figures_and_verdict_and_no_episode():
+    found = result([attempt(1.0, task="a long prompt " * 5000)])
+    assert len(repr(found)) < 5000
+    assert len(str(found)) < 5000
+    assert found.judgement.text in str(found)
+    assert "long prompt" not in str(found)
+
+
 OURS = ("c| ", "p> ", "   ", "episode: ", "could not be read: ", "turn ", "no signal", "- ", "  what")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -165,6 +173,9 @@ def test_text_of_others_is_never_more_than_text(name):
     for line in shown.splitlines():
         ours = line.startswith(OURS)
         assert ours or line.rstrip() in ("", "c|", "p>") or line.split("  ")[0] in dict(found.rows()), line
+    for line in str(found).splitlines():
+        assert line.isprintable()
+        assert line.split("  ")[0] in dict(found.rows()) or line.startswith(("no signal", "- ", "note: ")), line
     html = found._repr_html_()
     assert set(re.findall(r"<[^>]*>", html)) <= {
         *("<div>", "</div>", "<p>", "</p>", "<b>", "</b>", "<ul>", "</ul>", "<li>", "</li>"),
