@@ -117,7 +117,7 @@ def progress(rows: Sequence[Row], evaluations: Sequence[Row]) -> Progress:
         last = measured[-1]
         tasks = number(last.get("num_tasks"))
         of = f" ({tasks:,} tasks)" if tasks else ""
-        text = f"held-out success {_percent(first['success'])} -> {_percent(last['success'])}{of}"
+        text = f"held-out success {_percent(first['success'])} → {_percent(last['success'])}{of}"
         apart = success_difference(first, last)
         if apart is not None and apart.differs:
             return Progress("better" if apart.value > 0 else "worse", text)
@@ -137,7 +137,7 @@ def _trend(values: Sequence[float], name: str, sign: int) -> Progress:
         return Progress("none", f"{name} {values[-1]:.3g}" if values else "")
     early, late = values[:width], values[-width:]
     error = (stdev(early) ** 2 / width + stdev(late) ** 2 / width) ** 0.5
-    text = f"{name} {fmean(early):.3g} -> {fmean(late):.3g}"
+    text = f"{name} {fmean(early):.3g} → {fmean(late):.3g}"
     change = (fmean(late) - fmean(early)) * sign
     if abs(change) <= 3 * error or change == 0:
         return Progress("unclear", text)

@@ -60,7 +60,7 @@ def test_every_kind_of_run_has_a_whole_report_that_is_json_and_fits(data_of, nam
 @pytest.mark.parametrize(
     ("name", "level", "words", "first_bad"),
     [
-        ("thousand", "good", "Sound and learning: held-out success 2.0 % -> 96.1 % (512 tasks)", None),
+        ("thousand", "good", "Sound and learning: held-out success 2.0 % → 96.1 % (512 tasks)", None),
         ("no_records", "good", "Sound and learning", None),
         ("crashed", "bad", "Ended without a word after 138 of 300 steps", None),
         ("broken", "bad", "Stopped by the monitor after 220 of 400 steps: loss is nan", 153),

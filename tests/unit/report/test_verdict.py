@@ -26,7 +26,7 @@ def test_a_run_that_learned_is_told_in_one_sentence_of_figures(make_rows):
     assert found["level"] == "good"
     assert found["first_bad_step"] is None
     assert found["text"] == (
-        "Sound and learning: held-out success 48.0 % -> 98.8 % (512 tasks), ratio exactly 1 on 100 of 100 steps, "
+        "Sound and learning: held-out success 48.0 % → 98.8 % (512 tasks), ratio exactly 1 on 100 of 100 steps, "
         "engine-learner gap 2e-07 nats."
     )
 
@@ -104,7 +104,7 @@ def test_a_change_is_one_only_if_the_intervals_say_so(make_rows, before, after, 
 
 
 def test_without_evaluations_the_reward_speaks(make_rows):
-    assert "Sound and learning: reward 0.323 -> 0.773" in judge(make_rows(100), evaluations=())["text"]
+    assert "Sound and learning: reward 0.323 → 0.773" in judge(make_rows(100), evaluations=())["text"]
     assert "no progress shows" in judge(make_rows(100, **{"reward/mean": 0.5}), evaluations=())["text"]
     assert "too short to say" in judge(make_rows(6), evaluations=())["text"]
 
