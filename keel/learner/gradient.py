@@ -66,7 +66,8 @@ class Objective:
         )
         detached = outputs.logprobs.detach()
         old = self._old(micro_batch, detached)
-        loss = self._reduced(micro_batch, outputs, old, denominator, stats)
+        weights = self._weights(micro_batch, old, stats)
+        loss = self._reduced(micro_batch, outputs, old, weights, denominator, stats)
         (loss * scale).backward()
         mask = micro_batch.loss_mask
         stats.add_total("loss", loss)
@@ -81,6 +82,8 @@ class Objective:
         streams = {"logprobs": detached}
         if outputs.entropy is not None:
             streams["entropy"] = outputs.entropy.detach()
+        if weights is not None and micro_batch.importance_weights is None:
+            streams["importance_weights"] = weights
         return {name: stream.cpu() for name, stream in streams.items()}
 
     def _old(self, micro_batch: MicroBatch, detached: torch.Tensor) -> torch.Tensor:
@@ -93,9 +96,15 @@ class Objective:
         return detached
 
     def _reduced(
-        self, micro_batch: MicroBatch, outputs: TokenOutputs, old: torch.Tensor, denominator: float, stats: Stats
+        self,
+        micro_batch: MicroBatch,
+        outputs: TokenOutputs,
+        old: torch.Tensor,
+        weights: torch.Tensor | None,
+        denominator: float,
+        stats: Stats,
     ) -> torch.Tensor:
-        """The micro-batch's share of the loss, a float64 scalar; importance weights are on the policy's part only."""
+        """The micro-batch's share of the loss, a float64 scalar; importance `weights` are on the policy's part only."""
         mask = micro_batch.loss_mask
         inputs = LossInputs(
             outputs.logprobs,
@@ -107,8 +116,7 @@ class Objective:
         )
         per_token, metrics = self._loss(inputs, **self.algo.loss.options)
         per_token = self._inside_trust_regions(per_token, inputs, stats)
-        shares = micro_batch.loss_weights  # of the reduction; importance weights are the policy's part's alone
-        weights = self._weights(micro_batch, old, stats)
+        shares = micro_batch.loss_weights  # of the reduction, for every part
         both = weights if shares is None else shares if weights is None else shares * weights
         loss = reduce_loss(per_token, mask, denominator, both)
         for name, values in metrics.items():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from keel.algo.advantage import group_mean
-from keel.algo.apply import add_advantages
+from keel.algo.apply import add_advantages, correct
+from keel.algo.correction import token_truncated
 from keel.batch import pack
 from keel.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig, Plugin, Stage
 from keel.learner.learner import Learner
@@ -179,9 +180,6 @@ def test_with_several_updates_the_first_ratio_is_one_and_the_second_moves(tiny_c
 
 def test_weights_made_in_the_loss_are_those_of_a_scored_batch(tiny_checkpoint, make_groups):
     """Token-local correction, detached or from a score pass: the same gradient to the bit."""
-    from keel.algo.apply import correct
-    from keel.algo.correction import token_truncated
-
     correction = Plugin(id="token_truncated", cap=1.5)
     learner = make_learner(tiny_checkpoint, "gpt_oss", correction=(correction,))
     batch = make_batch(make_groups)
@@ -194,3 +192,17 @@ def test_weights_made_in_the_loss_are_those_of_a_scored_batch(tiny_checkpoint, m
     assert detached.metrics[share] == pytest.approx(again.metrics[share])
     assert 0.0 < detached.metrics[share] < 1.0
     assert make_learner(tiny_checkpoint, "gpt_oss").backward(batch).grad_norm != detached.grad_norm
+
+
+def test_weights_made_in_the_loss_are_told(tiny_checkpoint, make_groups):
+    """Of every micro-batch, in one stream; a scored batch has them already and gets no second one."""
+    learner = make_learner(tiny_checkpoint, "gpt_oss", correction=(Plugin(id="token_truncated", cap=1.5),))
+    batch = make_batch(make_groups)
+    update = learner.backward(batch)
+    for index, micro_batch in enumerate(batch.micro_batches):
+        streams = update.streams[index]
+        gap = streams["logprobs"] - micro_batch.rollout_logprobs
+        drawn = micro_batch.policy_version >= 0
+        assert torch.equal(streams["importance_weights"][drawn], gap.exp().clamp(max=1.5)[drawn])
+    scored = correct(learner._scored(batch, "old_logprobs"), [(token_truncated, {"cap": 1.5})])
+    assert all("importance_weights" not in streams for streams in learner.backward(scored).streams.values())
