@@ -75,7 +75,7 @@ for _name in CONFIG_FILES - {"keel.config", "keel.types", "keel.plugins"}:
     MAY_ENTER[_name] = (CONFIG_FILES, {"pydantic", "tomlkit"})
 for _name in FLOOR_FOUR:
     MAY_ENTER[_name] = (set(MAY_ENTER) - {"keel"} | FLOOR_FOUR, {"torch", "transformers", "numpy"})
-COMMANDS = {f"keel.{path.stem}" for path in ROOT.glob("cli*.py")}
+COMMANDS = {"keel.cli"}
 for _name in COMMANDS | {"keel.__main__"}:
     MAY_ENTER[_name] = ({"*"}, {"typer", "rich"})
 MAY_ENTER["keel.export"][1].add("safetensors")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from keel.cli_arguments import Sets
+from keel.cli.arguments import Sets
 
 
 def evaluate(  # noqa: PLR0913, PLR0917 (a command's options)

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import keel
-from keel import cli, config_load
+from keel import config_load
+from keel.cli import program
 from keel.config import TrainConfig
 from keel.config_docs import as_markdown
 from keel.monitor.summary import RunSummary
@@ -75,7 +76,7 @@ def test_the_users_faults_exit_2_and_are_told(tmp_path, monkeypatch, capsys, arg
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["keel", *arguments])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        program.main()
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -96,7 +97,7 @@ def test_a_stopped_run_does_not_exit_as_done(monkeypatch, tmp_path, state, code)
     found = {"eval": {"final": final}, "alarms": {"no_signal": 2}, "seconds": {"eval": 65.0}}
     summary = RunSummary(run_dir="runs/x", state=state, reason="loss is nan", **found)
     monkeypatch.setattr("keel.loop.resume", lambda _: summary)
-    result = CliRunner().invoke(cli.app, ["resume", str(tmp_path)])
+    result = CliRunner().invoke(program.app, ["resume", str(tmp_path)])
     assert result.exit_code == code
     assert result.output == (
         "held-out success final: 75.0 % (95 % interval 50.0 % to 87.5 %, 512 tasks)\n"
@@ -108,15 +109,15 @@ def test_an_interruption_exits_130(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(program, "app", interrupted)
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        program.main()
     assert caught.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_help_has_the_exit_codes_of_the_page_about_the_loop():
-    shown = CliRunner().invoke(cli.app, ["--help"]).output.partition("Exit codes:")[2].splitlines()
+    shown = CliRunner().invoke(program.app, ["--help"]).output.partition("Exit codes:")[2].splitlines()
     told = {line.split()[0]: " ".join(line.split()[1:]) for line in shown if line.strip()[:1].isdigit()}
     page = (Path(keel.__file__).parents[1] / "docs" / "loop.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.partition("| exit code |")[2].splitlines()[2:]]
@@ -140,9 +141,9 @@ def test_every_error_is_told_at_the_border(monkeypatch, capsys, error, code, tol
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr(program, "app", fails)
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        program.main()
     assert caught.value.code == code
     shown = capsys.readouterr().err
     assert shown.startswith(told)

@@ -1,4 +1,4 @@
-"""The command line. Nothing here imports torch until a command needs it."""
+"""The program: the commands of the loop, and where the others are registered; how errors are told, and exit codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import keel
-from keel import cli_eval, cli_export, cli_new, cli_recipes, cli_report, cli_rollout, config_load
-from keel.cli_arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
+from keel import config_load
+from keel.cli import evaluate, export, new, recipes, report, rollout
+from keel.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_plugins import plugin_modules
 from keel.monitor.exhausted import is_out_of_memory
@@ -50,13 +51,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # Commands that live in modules of their own; those further down are the loop's.
-app.command("new")(cli_new.new)
-app.command("rollout")(cli_rollout.rollout)
-app.command("report")(cli_report.report)
-app.command("compare")(cli_report.compare)
-app.command("eval")(cli_eval.evaluate)
-app.command("export")(cli_export.export)
-app.command("recipes")(cli_recipes.recipes)
+app.command("new")(new.new)
+app.command("rollout")(rollout.rollout)
+app.command("report")(report.report)
+app.command("compare")(report.compare)
+app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("recipes")(recipes.recipes)
 
 
 def main() -> None:
@@ -162,7 +163,7 @@ def tiny_model(
     """Write a small random model and its tokenizer as an ordinary Hugging Face directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} is not empty; choose another directory", param_hint="--out")
-    from keel.cli_tiny import presets, write_tiny_model
+    from keel.cli.tiny import presets, write_tiny_model
 
     if preset not in presets():
         raise typer.BadParameter(f"got {preset!r}; known: {', '.join(presets())}", param_hint="--preset")

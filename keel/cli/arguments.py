@@ -1,5 +1,5 @@
-"""Arguments and exit codes that several commands share. A command of its own room is a function in `keel/cli_<name>.py`
-and one line of registration in `keel.cli`; whatever needs torch is imported inside the function.
+"""Arguments and exit codes that several commands share. A command of its own room is a function in `keel/cli/<name>.py`
+and one line of registration in `keel.cli.program`; whatever needs torch is imported inside the function.
 """
 
 from __future__ import annotations

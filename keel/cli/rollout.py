@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keel import config_load
-from keel.cli_arguments import ConfigFile, Sets
+from keel.cli.arguments import ConfigFile, Sets
 from keel.config_schema import toml_value
 from keel.monitor.live import number
 from keel.monitor.printable import one_line, printable
