@@ -25,8 +25,8 @@ _CLOCKS = {"rollout/tokens_per_s", "rollout/generate_s", "rollout/env_s"}
 def first_row_that_differs(first: Sequence[Row], second: Sequence[Row]) -> tuple[Json | None, int]:
     """The first step, in the first run's order, whose numbers differ, and how many steps were compared until then.
 
-    Only steps that both runs have are compared, and of those only what both measured and no clock did. Numbers are
-    compared exactly: equal means equal to the bit.
+    Only steps that both runs have are compared, and of those only what both measured, times and memory left out.
+    Numbers are compared exactly: equal means equal to the bit.
     """
     others = {(row["stage"], row["step"]): row for row in second}
     compared = 0
@@ -38,7 +38,7 @@ def first_row_that_differs(first: Sequence[Row], second: Sequence[Row]) -> tuple
         metrics = [
             {"metric": cut(name, 80), "a": number(row[name], 17), "b": number(other[name], 17)}
             for name in row
-            if name in other and not _is_clock(name) and row[name] != other[name]
+            if name in other and not _of_the_machine(name) and row[name] != other[name]
         ]
         if metrics:
             head = {name: row[name] for name in ("stage", "step", "train_step")}
@@ -114,5 +114,5 @@ def _words(run: Run) -> TokenText | None:
     return find_token_text(run, config.model.path if config is not None else "")
 
 
-def _is_clock(name: str) -> bool:
-    return name in _HEAD or name in _CLOCKS or name.startswith("time/")
+def _of_the_machine(name: str) -> bool:
+    return name in _HEAD or name in _CLOCKS or name.startswith(("time/", "memory/"))

@@ -40,13 +40,15 @@ def test_equal_runs_are_equal_to_the_last_digit(pair):
     assert json.loads(to_json(data)) == data
 
 
-def test_times_and_speeds_do_not_set_runs_apart(pair):
+def test_times_speeds_and_memory_do_not_set_runs_apart(pair):
     def slower(row):
         row["unix_s"] += 1000.0
+        row["memory/resident_mib"] = row["unix_s"]
         for name in row:
             if name.startswith("time/") or name == "rollout/tokens_per_s":
                 row[name] *= 2
 
+    change_rows(pair[0], lambda row: row.update({"memory/resident_mib": 1.0}))
     change_rows(pair[1], slower)
     assert compare_data(*pair)["divergence"]["first"] is None
 
