@@ -38,7 +38,7 @@ _FORMS = re.compile(
 )
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")  # the name of a variable is no secret: OPENAI_API_KEY
 _SHORTEST = 8  # a shorter value would be taken out of half of all texts
-_SHORTEST_WORD = 16  # letters alone: "reinforcement" is no secret, whatever variable holds it
+_SHORTEST_WORD = 16  # letters alone: "reinforcement" or "group_id" is no secret, whatever variable holds it
 
 
 class SecretError(UserFault, ValueError):
@@ -87,6 +87,10 @@ def refuse_secrets(config: Mapping[str, Any]) -> None:
                 f"{len(value)} characters; put it into an environment variable and let the code that needs it read "
                 f'that: os.environ["{path[-1].upper()}"]'
             )
+    if scrubbed_values(config) != _walk(config, str):
+        raise SecretError(
+            "the name of an option looks like a secret, and a config is written to the run directory; give it another"
+        )
 
 
 def _names_secret(name: str) -> bool:
@@ -114,7 +118,8 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 
 def _is_secret_value(value: str) -> bool:
-    if len(value) < (_SHORTEST_WORD if value.isalpha() else _SHORTEST) or value.replace(".", "").isdecimal():
+    is_word = value.replace("_", "").isalpha()
+    if len(value) < (_SHORTEST_WORD if is_word else _SHORTEST) or value.replace(".", "").isdecimal():
         return False
     return not (value.startswith(("/", "~")) and Path(value).expanduser().exists())
 

@@ -66,6 +66,7 @@ def test_the_token_that_the_hub_keeps(monkeypatch, tmp_path):
     [
         ("MAX_TOKEN", "12345678"),
         ("SORT_KEY", "reinforcement"),
+        ("GROUP_KEY", "group_id"),
         ("SSH_AUTH_SOCK", "/run/agent.1234"),
         ("API_KEY_FILE", "keys/first-1.txt"),
         ("API_KEY", "short1"),
@@ -115,3 +116,12 @@ def test_a_config_holds_no_secret(planted, options, refused):
     with pytest.raises(SecretError, match=r"env\.options\.\S+ looks like a secret") as caught:
         refuse_secrets(config)
     assert not any(str(value) in str(caught.value) for value in options.values())
+
+
+def test_a_config_is_never_changed_in_silence(planted):
+    """What is written is read again by a resumed run: a name that would be taken out is refused as a value is."""
+    value = PLANTED["OPENAI_API_KEY"]
+    refuse_secrets({"env": {"options": {"rows": ["a", "b"], "limits": {"x": 1}}}})
+    with pytest.raises(SecretError, match="name of an option") as caught:
+        refuse_secrets({"env": {"options": {value: 1}}})
+    assert value not in str(caught.value)
