@@ -86,6 +86,10 @@ def evaluate(  # noqa: PLR0913 (a knob each, and all but the first by name)
         evaluated = replace(evaluated, config=_with_model(evaluated.config, weights_of(Path(model))), checkpoint="")
     if record and evaluated.run is None:
         raise EvaluationError("record=True puts the result into a run's directory; give the run instead of a config")
+    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
+        raise EvaluationError(f"{Path(json_file).parent}, where {json_file} is to be, is no directory; make it first")
+    if save is not None:
+        Path(save).mkdir(parents=True, exist_ok=True)  # what cannot be is better known before the work than after it
     began = time.time()
     with configured(evaluated.config, env=env, reward=reward, needs=NEEDED, learns=False) as config:
         from keel.build import build_sampler
@@ -222,7 +226,6 @@ def _recorded_sections(config: TrainConfig) -> dict[str, Any]:
 
 
 def _save_trajectories(directory: Path, trajectories: Sequence[Trajectory]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     write_trajectories(directory / "trajectories.jsonl", trajectories, with_tokens=True)
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from keel.cli.arguments import Sets
+from keel.cli.arguments import Sets, can_be_written
+from keel.monitor.printable import one_line
 
 
 def evaluate(  # noqa: PLR0913, PLR0917 (a command's options)
@@ -26,7 +27,10 @@ def evaluate(  # noqa: PLR0913, PLR0917 (a command's options)
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write figures, config and every task's outcome.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", callback=can_be_written, help="Write figures, config and every task's outcome."
+        ),
     ] = None,
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the trajectories, tokens included.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Put the result into the run, for its report.")] = False,
@@ -52,6 +56,12 @@ def evaluate(  # noqa: PLR0913, PLR0917 (a command's options)
         record=record,
     )
     print(result)
+    if json_file is not None:
+        print(f"wrote {one_line(str(json_file))}")
+    if save is not None:
+        print(f"wrote the trajectories to {one_line(str(save))}")
+    if record:
+        print(f"recorded in {one_line(source)}; `keel report` shows it")
 
 
 def _numbers(text: str) -> list[int]:

@@ -16,12 +16,11 @@ import typer
 import keel
 from keel import config_load
 from keel.cli import evaluate, export, new, recipes, report, rollout
-from keel.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigFile, Sets
+from keel.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_plugins import plugin_modules
 from keel.monitor.exhausted import is_out_of_memory
 from keel.monitor.interrupts import RunInterruptedError
-from keel.monitor.live import duration
 from keel.monitor.printable import one_line, printable
 from keel.secrecy import scrubbed
 from keel.types import Fault
@@ -48,16 +47,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-# Commands that live in modules of their own; those further down are the loop's.
-app.command("new")(new.new)
-app.command("rollout")(rollout.rollout)
-app.command("report")(report.report)
-app.command("compare")(report.compare)
-app.command("eval")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("recipes")(recipes.recipes)
 
 
 def main() -> None:
@@ -69,10 +61,20 @@ def main() -> None:
         app(standalone_mode=True)
     except Exception as error:  # noqa: BLE001 (the border: every error is told here, and none goes on)
         _tell(error)
-        sys.exit(error.exit_code if isinstance(error, Fault) else EXIT_FAILED)
+        sys.exit(_exit_code(error))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, Fault):
+        return error.exit_code
+    return EXIT_USAGE if _is_not_permitted(error) else EXIT_FAILED
+
+
+def _is_not_permitted(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _tell(error: Exception) -> None:
@@ -84,6 +86,9 @@ def _tell(error: Exception) -> None:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         known = True
         text = f"no space left: {error}; make some, then `keel resume RUN` goes on from the last checkpoint"
+    elif _is_not_permitted(error) and not known:
+        known = True
+        text = f"not permitted: {error}; choose another place, or mend its permissions"
     else:
         text = str(error)
     if not known or os.environ.get(DEBUG_VARIABLE):
@@ -113,7 +118,6 @@ def _options(
         sys.path.insert(0, here)
 
 
-@app.command()
 def train(
     config_file: ConfigFile,
     sets: Sets = None,
@@ -132,7 +136,6 @@ def train(
     _finish(_ended(run, config))
 
 
-@app.command()
 def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]) -> None:
     """Continue a run from its newest checkpoint. Imports the modules that its config names."""
     if (run_dir / "config.toml").is_file():
@@ -142,7 +145,6 @@ def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Director
     _finish(_ended(run, run_dir))
 
 
-@app.command()
 def quickstart(
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; without it runs/<date>-quickstart.")] = None,
@@ -154,7 +156,6 @@ def quickstart(
     _finish(_ended(run, seed, run_dir, sets or ()))
 
 
-@app.command("tiny-model")
 def tiny_model(
     out: Annotated[Path, typer.Option(help="Directory to write; must be new or empty.")],
     preset: Annotated[str, typer.Option(help="gpt_oss, qwen3 or qwen3_moe.")] = "gpt_oss",
@@ -171,7 +172,6 @@ def tiny_model(
     print(f"wrote {preset} to {out}")
 
 
-@app.command("config")
 def print_config(
     config_file: Annotated[
         Path | None, typer.Argument(metavar="[RUN.toml]", help="Resolve this file; without it, the defaults.")
@@ -200,18 +200,30 @@ def _ended(run: Callable[..., RunSummary], *arguments: object) -> RunSummary:
 
 def _finish(summary: RunSummary) -> None:
     """Tell how the run went and where it lies; one that the monitor stopped does not count as done."""
-    for name, metrics in summary.eval.items():
-        if "success" in metrics:
-            shares = [f"{100 * metrics[key]:.1f} %" for key in ("success", "success_low", "success_high")]
-            tasks = int(metrics["num_tasks"])
-            print(f"held-out success {name}: {shares[0]} (95 % interval {shares[1]} to {shares[2]}, {tasks} tasks)")
-    if summary.seconds:
-        print("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()))
-    if summary.alarms:
-        print("alarms: " + ", ".join(f"{rule} {count}" for rule, count in summary.alarms.items()))
-    ending = f"{summary.state}: {summary.run_dir}" + (f" ({summary.reason})" if summary.reason else "")
-    print(printable(scrubbed(ending)))
+    print(summary)
+    if (page := Path(summary.run_dir) / "report.html").is_file():
+        print(f"report: {one_line(str(page))}")
     if summary.state == "stopped":
         raise typer.Exit(EXIT_STOPPED)
     if summary.state == "interrupted":
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("quickstart", quickstart, "Train a small agent in a few minutes, on a CPU."),
+    ("new", new.new, "Start a directory of your own: env.py, run.toml, a test."),
+    ("rollout", rollout.rollout, "Play some episodes: is there a signal to learn from?"),
+    ("train", train, "Train as RUN.toml says."),
+    ("resume", resume, "Continue a run from its newest checkpoint."),
+    ("report", report.report, "Write or serve the report of a run."),
+    ("compare", report.compare, "Say what sets two runs apart."),
+    ("eval", evaluate.evaluate, "Evaluate a run, a checkpoint or any model."),
+    ("export", export.export, "Write a run's weights as a Hugging Face directory."),
+    ("recipes", recipes.recipes, "List the configs that ship with Keel."),
+    ("config", print_config, "Print a complete, documented config."),
+    ("tiny-model", tiny_model, "Write a small random model and its tokenizer."),
+)
+"""In the order of a first hour, with what `keel --help` says of each."""
+
+for _name, _command, _short_help in COMMANDS:
+    app.command(_name, short_help=_short_help)(_command)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keel.cli.arguments import can_be_written
 from keel.monitor.printable import printable
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ MAX_SHOWN = 20
 def report(
     run_dir: RunDir,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write it; without it RUN/report.html.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=can_be_written, help="Where to write it; without it RUN/report.html."),
     ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve it to this machine instead: every step, live while the run goes on.")
@@ -40,8 +42,12 @@ def report(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Directory of a run.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Directory of another.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as an HTML page.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write it as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=can_be_written, help="Also write it as an HTML page.")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", callback=can_be_written, help="Also write it as JSON.")
+    ] = None,
 ) -> None:
     """Say what sets two runs apart: options, evaluations with intervals, and the first step that differs."""
     from keel.monitor.rows import write_text

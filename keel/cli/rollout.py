@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keel import config_load
-from keel.cli.arguments import ConfigFile, Sets
+from keel.cli.arguments import ConfigFile, Sets, can_be_written
 from keel.config_schema import toml_value
 from keel.monitor.live import number
 from keel.monitor.printable import one_line, printable
@@ -38,7 +38,9 @@ def rollout(
         int, typer.Option("-n", "--num-episodes", min=1, help="Episodes; rounded up to whole groups.")
     ] = 64,
     show: Annotated[bool, typer.Option("--show", help="Print the episode whole, not its long parts cut.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", callback=can_be_written, help="Write the figures, too.")
+    ] = None,
     no_learner: Annotated[
         bool, typer.Option("--no-learner", help="Leave out the learner's pass, for a model that does not fit.")
     ] = False,
@@ -49,8 +51,6 @@ def rollout(
     sets: Sets = None,
 ) -> None:
     """Play some episodes and tell whether there is a signal to learn from, and what a step would take."""
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise typer.BadParameter(f"{json_file.parent} is no directory; make it first", param_hint="--json")
     instead = [f"model.path={toml_value(model)}", 'model.tiny.preset=""'] if model else []
     config = config_load.load(config_file, [*(sets or ()), *instead])
     config_load.require(config, ("model.path|model.tiny.preset", "env.id"), str(config_file))

@@ -9,7 +9,9 @@ from typing import Literal
 
 from keel import config_load
 from keel.monitor import cells, directory, live
+from keel.monitor.printable import one_line
 from keel.monitor.rows import read_json
+from keel.secrecy import scrubbed
 
 State = Literal["starting", "running", "completed", "stopped", "interrupted", "failed"]
 
@@ -28,12 +30,31 @@ class RunSummary:
     alarms: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """How the run went and where it lies: the last lines of `keel train`."""
+        lines = [_held_out(name, metrics) for name, metrics in self.eval.items()]
+        if self.seconds:
+            lines.append("time: " + ", ".join(f"{name} {live.duration(value)}" for name, value in self.seconds.items()))
+        if self.alarms:
+            lines.append("alarms: " + ", ".join(f"{rule} {count}" for rule, count in self.alarms.items()))
+        lines.append(f"{self.state}: {self.run_dir}" + (f" ({self.reason})" if self.reason else ""))
+        return "\n".join(one_line(scrubbed(line)) for line in lines)
+
     def _repr_html_(self) -> str:
         named: dict[str, object] = {"reason": self.reason or None, "directory": self.run_dir, "steps": self.steps}
         named |= {f"success, {name}": live.success_share(metrics) for name, metrics in self.eval.items()}
         named |= {f"alarms: {rule}": count for rule, count in self.alarms.items()}
         named |= {f"time, {name}": live.duration(seconds) for name, seconds in self.seconds.items()}
         return cells.facts(f"run {self.state}", named)
+
+
+def _held_out(name: str, metrics: Mapping[str, float]) -> str:
+    """An evaluation's success with its interval, or its reward where the environment does not say what a success is."""
+    tasks = f"{live.number(metrics['num_tasks'])} tasks"
+    share = live.success_share(metrics)
+    if share is None:
+        return f"held-out reward {name}: {live.number(metrics['reward'])} ({tasks})"
+    return f"held-out success {name}: {share.removesuffix(')')}, {tasks})"
 
 
 def completed_run(run_dir: Path) -> RunSummary | None:

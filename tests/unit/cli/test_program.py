@@ -105,6 +105,37 @@ def test_a_stopped_run_does_not_exit_as_done(monkeypatch, tmp_path, state, code)
     )
 
 
+def test_a_run_without_successes_ends_with_its_rewards_and_its_report(monkeypatch, tmp_path):
+    (tmp_path / "report.html").write_text("")
+    summary = RunSummary(run_dir=str(tmp_path), state="completed", eval={"final": {"reward": 0.5, "num_tasks": 8.0}})
+    monkeypatch.setattr("keel.loop.resume", lambda _: summary)
+    shown = CliRunner().invoke(program.app, ["resume", str(tmp_path)]).output
+    assert shown == f"held-out reward final: 0.5 (8 tasks)\ncompleted: {tmp_path}\nreport: {tmp_path}/report.html\n"
+
+
+def test_every_command_is_told_in_one_whole_line():
+    lines = CliRunner().invoke(program.app, ["-h"]).output.partition("Commands:")[2].partition("Exit codes")[0]
+    told = dict(line.strip().split(maxsplit=1) for line in lines.splitlines() if line.strip())
+    assert list(told)[:4] == ["quickstart", "new", "rollout", "train"]
+    assert all(text.endswith((".", "?")) and not text.endswith("...") for text in told.values())
+    assert len(told) == len(program.app.registered_commands)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "run", "--json"), ("rollout", "run.toml", "--json"), ("report", "run", "--out"),
+        ("compare", "a", "b", "--out"), ("compare", "a", "b", "--json"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, arguments):
+    """None of these runs exists: the file is refused before anything is looked at."""
+    for file, why in ((tmp_path / "none" / "x", "make it first"), (tmp_path, "is a directory; name a file")):
+        result = CliRunner().invoke(program.app, [*arguments, str(file)])
+        assert result.exit_code == 2
+        assert why in " ".join(result.output.split())
+
+
 def test_an_interruption_exits_130(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -131,11 +162,12 @@ def test_help_has_the_exit_codes_of_the_page_about_the_loop():
     [
         (PluginError("raised late"), 2, "raised late\n"),
         (RolloutError("all 8 episodes failed\x1b[31m"), 1, "all 8 episodes failed\\x1b[31m\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "not permitted: "),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "no space left: "),
         (MemoryError(), 1, "out of memory: "),
         (KeyError("a fault of Keel's"), 1, "Traceback (most recent call last):\n"),
     ],
-    ids=["plugin", "rollout", "disk", "memory", "bug"],
+    ids=["plugin", "rollout", "permission", "disk", "memory", "bug"],
 )
 def test_every_error_is_told_at_the_border(monkeypatch, capsys, error, code, told):
     def fails(*_, **__):
