@@ -176,14 +176,16 @@ class LiveDisplay:
         self._step = -1
         self._metrics: dict[str, float | int | None] = {}
         self._left: float | None = None
+        self._suspended: dict[str, tuple[int, dict[str, float | int | None]]] = {}  # stages that another began within
         self._notes: list[str] = []
         self._live = Live(self.render(), console=console, refresh_per_second=4)
         self._live.start()
 
     def begin(self, stage: str, total: int) -> None:
-        self._stage, self._step, self._left = stage, -1, None
+        self._suspended[self._stage] = self._step, self._metrics
+        self._stage, self._left = stage, None
+        self._step, self._metrics = self._suspended.get(stage, (-1, {}))  # it goes on after an evaluation within it
         self._pace = Pace(total, self._clock)
-        self._metrics = {}
         self._live.update(self.render())
 
     def step(self, stage: str, step: int, metrics: Metrics) -> None:

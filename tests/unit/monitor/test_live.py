@@ -90,6 +90,18 @@ def test_the_live_display_shows_numbers_and_says_when_the_ratio_is_exact(shown):
     assert "1.25" in text
 
 
+def test_a_stage_is_shown_where_it_was_after_an_evaluation_within_it(shown):
+    display, out = shown
+    display.begin("reinforcement", 10)
+    display.step("reinforcement", 9, METRICS)
+    display.begin("eval", 1)
+    display.begin("reinforcement", 10)
+    display.close()
+    last = out.getvalue().rpartition("run  ")[2]
+    assert last.startswith("reinforcement 10/10")
+    assert "1.25" in last
+
+
 @pytest.mark.parametrize(
     "text", ["[red]big[/red]", "[/]", "[link=http://x]y[/link]", ":smile:", "\x1b[31mred\x1b[0m", "\r\x07"]
 )
