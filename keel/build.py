@@ -30,6 +30,7 @@ from keel.device import (
 )
 from keel.engines.base import Engine
 from keel.engines.embedded.engine import EmbeddedEngine
+from keel.engines.embedded.load import load_policy
 from keel.engines.process import EngineProcess
 from keel.envs.base import Env
 from keel.envs.load import EnvFactory, env_factory
@@ -37,7 +38,6 @@ from keel.learner.base import LearnerLike
 from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
-from keel.models.policy import PolicyModel
 from keel.monitor.progress import ChildProcess, Progress, Watched
 from keel.monitor.rules import Monitor, make_monitor
 from keel.plan import describe_start, make_plan, read_model_config
@@ -282,21 +282,6 @@ def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | 
         return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=version)
     policy = load_policy(model, device)
     return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=version, shares_weights=False)
-
-
-def load_policy(model: ModelConfig, device: torch.device) -> PolicyModel:
-    """The policy of `model.path` on `device`, to sample from."""
-    return PolicyModel.load(
-        model.path,
-        dtype=model.dtype,
-        attention=model.attention,
-        experts=model.experts,
-        head_chunk_tokens=model.head_chunk_tokens,
-        trust_remote_code=model.trust_remote_code,
-        lora=model.lora,
-        revision=model.revision,
-        device=device,
-    )
 
 
 def make_reward(config: EnvConfig) -> Reward | None:

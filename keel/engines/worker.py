@@ -56,22 +56,11 @@ def _load(spec: WorkerSpec) -> EmbeddedEngine:
     import torch
 
     from keel.engines.embedded.engine import EmbeddedEngine
-    from keel.models.policy import PolicyModel
+    from keel.engines.embedded.load import load_policy
 
     if spec.num_threads:
         torch.set_num_threads(spec.num_threads)
-    model = spec.model
-    policy = PolicyModel.load(
-        model.path,
-        dtype=model.dtype,
-        attention=model.attention,
-        experts=model.experts,
-        head_chunk_tokens=model.head_chunk_tokens,
-        trust_remote_code=model.trust_remote_code,
-        lora=model.lora,
-        revision=model.revision,
-        device=spec.device,
-    )
+    policy = load_policy(spec.model, spec.device)
     return EmbeddedEngine(
         policy, spec.config, max_sequence_tokens=spec.max_sequence_tokens, version=spec.version, shares_weights=False
     )

@@ -1,0 +1,23 @@
+"""Weights of its own for an engine that shares nobody's."""
+
+from __future__ import annotations
+
+import torch
+
+from keel.config import ModelConfig
+from keel.models.policy import PolicyModel
+
+
+def load_policy(model: ModelConfig, device: torch.device | str) -> PolicyModel:
+    """The policy of `model.path` on `device`, to sample from."""
+    return PolicyModel.load(
+        model.path,
+        dtype=model.dtype,
+        attention=model.attention,
+        experts=model.experts,
+        head_chunk_tokens=model.head_chunk_tokens,
+        trust_remote_code=model.trust_remote_code,
+        lora=model.lora,
+        revision=model.revision,
+        device=device,
+    )
