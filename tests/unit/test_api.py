@@ -360,7 +360,7 @@ def cell(text: str, name: str, number: int) -> object:
 
 
 def test_of_a_notebook_the_cell_is_kept_and_without_a_source_that_is_said(tmp_path, monkeypatch):
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     text = "class Env2(keel.Env):\n    def tasks(self, split):\n        return []\n"
     (found,) = sources_of(cell(text, "Env2", 7))
     assert (found.name, found.text) == ("Env2", text)
@@ -376,7 +376,7 @@ def test_of_a_notebook_the_cell_is_kept_and_without_a_source_that_is_said(tmp_pa
 
 
 def test_a_source_that_changed_is_kept_beside_the_old_one(tmp_path, monkeypatch):
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     directory = tmp_path / "sources"
     for number, gain in enumerate((1, 2, 1), start=20):
         text = f"def gain(trajectory, task):\n    return {gain}.0\n"
