@@ -122,7 +122,7 @@ def unpack(batch: PackedBatch) -> Iterator[UnpackedSequence]:
             )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(groups(), st.integers(1, 30), st.integers(1, 4))
 def test_unpacking_gives_back_what_was_packed(given_groups, max_tokens, num_updates):
     batch = pack(given_groups, max_tokens=max_tokens, num_updates=num_updates)
@@ -152,7 +152,7 @@ def test_unpacking_gives_back_what_was_packed(given_groups, max_tokens, num_upda
     assert batch.trajectory_ids == tuple(f"{t.group_id}/{t.attempt}" for t in kept)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(groups(), st.integers(1, 30), st.integers(1, 4))
 def test_micro_batches_and_updates_are_well_formed(given_groups, max_tokens, num_updates):
     batch = pack(given_groups, max_tokens=max_tokens, num_updates=num_updates)
