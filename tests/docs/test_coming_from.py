@@ -31,7 +31,7 @@ def rows() -> list[tuple[str, str, str]]:
 
 def is_known(name: str) -> bool:
     if name.startswith("keel "):
-        return name.split()[1] in (ROOT / "keel" / "cli.py").read_text(encoding="utf-8")
+        return name.split()[1] in (ROOT / "keel" / "cli" / "program.py").read_text(encoding="utf-8")
     if name.startswith("keel."):
         return name.removeprefix("keel.") in keel.__all__
     if "/" in name:
