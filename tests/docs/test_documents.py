@@ -109,8 +109,14 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
     runner = Runner(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert text.count("\n```") == 2 * len(blocks_of(text)), "a block of another form than ```language ... ```"
-    for block in blocks_of(text):
-        runner.run(block)
+    before = set(sys.modules)
+    try:
+        for block in blocks_of(text):
+            runner.run(block)
+    finally:
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+                del sys.modules[name]  # another page may have a file of the same name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
