@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from keel.algo.advantage import leave_one_out
 from keel.algo.apply import add_advantages
-from keel.batch import pack, unpack
+from keel.batch import pack
 from keel.config import AlgoConfig, KLConfig, LearnerConfig, ModelConfig, OptimConfig, Plugin, Stage
 from keel.learner.learner import Learner
+from tests.unpacking import unpack
 
 PRESETS = ("gpt_oss", "qwen3", "qwen3_moe")
 CAP = 1.5
