@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog
 from keel.monitor.summary import RunSummary, completed_run
 from keel.records import largest_sizes, write_records
+from keel.report.live import complete_report
 from keel.types import Group, Verdict
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, env: EnvSource | None = None) -> RunSummary:
@@ -44,6 +48,7 @@ def resume(run_dir: str | Path, env: EnvSource | None = None) -> RunSummary:
     """
     completed = completed_run(Path(run_dir))
     if completed is not None:
+        complete_report(Path(run_dir), tell=logger.warning)
         return completed
     with (
         RunLog.resume(Path(run_dir)) as run,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from keel.config import ReportConfig
+from keel.runs import load_run
 
 MOST_OF_TIME = 0.005
 """Share of a run's time that rewriting may take: after a report that took one second, the next waits two hundred."""
@@ -59,3 +60,11 @@ class LiveReport:
             if not self._told:
                 self._told = True
                 self._tell(f"the report could not be written, the run goes on: {type(error).__name__}: {error}")
+
+
+def complete_report(run_dir: Path, *, tell: Callable[[str], None]) -> None:
+    """The last report of a completed run that was killed before it could be written; else nothing."""
+    report, summary = run_dir / "report.html", run_dir / "summary.json"
+    if report.exists() and report.stat().st_mtime_ns >= summary.stat().st_mtime_ns:
+        return
+    LiveReport(run_dir, load_run(run_dir).config.report, tell=tell).close()

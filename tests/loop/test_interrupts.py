@@ -7,7 +7,7 @@ import pytest
 IN_A_TOOL_CALL = {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.loop:train_step", 19]}
 IN_THE_GRADIENT = {"at": "keel.learner.learner:Learner.backward", "call": 20}
 IN_THE_EVALUATION = {"at": "keel.envs.tools:Tool.call", "call": 1, "armed_by": ["keel.loop:close_step", 16]}
-IN_A_CHECKPOINT = {"at": "keel.learner.checkpoint:_sync", "armed_by": ["keel.build:Parts.save", 9]}
+IN_A_CHECKPOINT = {"at": "keel.learner.checkpoint:sync", "armed_by": ["keel.build:Parts.save", 9]}
 WHILE_THE_MODEL_IS_MADE = {"at": "keel.tiny_start:build_tiny_model"}
 
 

@@ -99,3 +99,14 @@ def test_a_report_that_cannot_be_written_costs_the_run_nothing(config, monkeypat
     monkeypatch.setattr(write, "write_text", fails)
     assert train(config).state == "completed"
     assert not (Path(config.run_dir) / "report.html").exists()
+
+
+def test_a_completed_run_that_was_killed_before_its_report_gets_it_on_resuming(config):
+    summary = train(config)
+    report = Path(summary.run_dir) / "report.html"
+    report.unlink()
+    assert training.resume(summary.run_dir).state == "completed"
+    assert shown(summary.run_dir)["run"]["state"] == "completed"
+    written = report.stat().st_mtime_ns
+    training.resume(summary.run_dir)
+    assert report.stat().st_mtime_ns == written  # it is up to date, and left alone

@@ -123,7 +123,8 @@ def test_killed_between_its_stop_and_its_summary(run):
     assert run.go() == 4, run.output
     assert run.json("status.json")["state"] == "stopped"
     assert run.rows() == before
-    assert [row["step"] for row in before if row.get("stage") == "reinforcement"] == [0, 1]
+    steps = [row["step"] for row in before if row["kind"] == "step" and row["stage"] == "reinforcement"]
+    assert steps == [0, 1]
 
 
 @pytest.mark.soak
