@@ -43,6 +43,7 @@ def test_hostile_texts_are_shown_and_do_nothing(open_page, report_of):
     assert_nothing_happened(page)
     page.evaluate("location.hash = '#episodes'")
     page.locator("a.step-row").first.click()
+    page.get_by_role("button", name="Side by side").first.wait_for()  # `all` does not wait for the step to be drawn
     for button in page.get_by_role("button", name="Side by side").all():
         button.click()
     assert_nothing_happened(page)
