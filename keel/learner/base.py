@@ -23,11 +23,11 @@ class LearnerError(Fault, RuntimeError):
 class Update:
     """What a gradient looks like before it is applied. The gradient itself stays in the learner.
 
-    `serial` ties it to that gradient; `last` says that applying it ends the training step. `loss` is the mean over the
-    update's loss tokens, `grad_norm` the global norm before clipping, `finite` whether both are numbers. An update of
-    no loss tokens is finite, zero and changes nothing. `streams` are what the learner itself computed of each
-    micro-batch, by the micro-batch's index in the batch: `logprobs [T]` and `entropy [T]`, float32, detached, and
-    `importance_weights [T]` where a correction is made inside the loss.
+    `serial` ties it to that gradient; `last` says that applying it ends the training step. `loss` is what
+    `algo.reduction` makes of the update's loss tokens, `grad_norm` the global norm before clipping, `finite` whether
+    both are numbers. An update of no loss tokens is finite, zero and changes nothing. `streams` are what the learner
+    itself computed of each micro-batch, by the micro-batch's index in the batch: `logprobs [T]` and `entropy [T]`,
+    float32, detached, and `importance_weights [T]` where a correction is made inside the loss.
     """
 
     serial: int

@@ -81,7 +81,7 @@ def reject(
 
 
 def veto(inputs: CorrectionInputs, *, below: float = 1e-4, above: float = math.inf) -> Correction:
-    """Leave out a whole trajectory if any of its loss tokens has `r < below` or `r > above`.
+    """Leave out a whole trajectory if any of its loss tokens has `r < below`, `r > above`, or an r that is no number.
 
     A token that the learner finds ten thousand times less likely than the engine did is no rounding but a fault (a
     wrong template, a stale weight), and its neighbours were drawn after it. "Veto" of slime's mismatch helper
@@ -89,7 +89,7 @@ def veto(inputs: CorrectionInputs, *, below: float = 1e-4, above: float = math.i
     """
     _check_bounds("veto", below, above, least=0.0)
     ratio = torch.exp(inputs.log_ratio)
-    bad = ((ratio < below) | (ratio > above)) & inputs.loss_mask
+    bad = ~((ratio >= below) & (ratio <= above)) & inputs.loss_mask  # a NaN is bad
     struck = inputs.per_trajectory(bad.to(ratio.dtype), "max") > 0
     metrics = {"veto_tokens_share": bad.float(), "masked_share": (struck & inputs.loss_mask).float()}
     return Correction(None, metrics, keep=~struck)

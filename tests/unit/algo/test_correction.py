@@ -82,6 +82,7 @@ def test_a_nan_is_never_kept():
     gaps = [*GAPS[:3], math.nan, *GAPS[4:]]
     for function, options in ((token_masked, {}), (reject, {"high": 1e9}), (sequence_masked, {"high": 1e9})):
         assert rows(function(inputs(gaps), **options).keep)[2] is False, function
+    assert rows(veto(inputs(gaps), below=0.0).keep) == [True, True, False, False, True, True, True]
 
 
 def test_rejections_add_up():
