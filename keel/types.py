@@ -139,11 +139,31 @@ class Routes:
 
 
 @dataclass(frozen=True, slots=True)
+class Support:
+    """What top-k and top-p left to choose from, for each of some drawn tokens, in their order.
+
+    `counts [n]` is how many tokens each had, `ids` their ids as unsigned 32 bit in native byte order, row after row.
+    The drawn token is always among them. A count of 0 says that nothing was cut there.
+    """
+
+    counts: tuple[int, ...]
+    ids: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != 4 * sum(self.counts):
+            raise ValueError(f"support: got {len(self.ids)} bytes, {sum(self.counts)} ids need {4 * sum(self.counts)}")
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenSpan:
     """Consecutive tokens of one origin. `n = len(token_ids)`.
 
     `logprobs [n]` (natural log, under the distribution really drawn from), `policy_version` and `sampling` are
-    there for origin "policy" only. `routed_experts [n, layers, k]` is there if the engine captured it.
+    there for origin "policy" only. `routed_experts [n, layers, k]` is there if the engine captured it, `support` if
+    the distribution was cut and the engine says to what.
     """
 
     token_ids: tuple[int, ...]
@@ -152,8 +172,11 @@ class TokenSpan:
     policy_version: int | None = None
     sampling: SamplingSettings | None = None
     routed_experts: Routes | None = None
+    support: Support | None = None
 
     def __post_init__(self) -> None:
+        if self.support is not None and len(self.support) != len(self.token_ids):
+            raise ValueError(f"span: {len(self.token_ids)} tokens but {len(self.support)} rows of support")
         if (self.logprobs is not None) != (self.origin == "policy"):
             raise ValueError(f"span of origin {self.origin!r}: log-probs belong to policy tokens, and to all of them")
         if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):

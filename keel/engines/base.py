@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from keel.sync.base import WeightSource
-from keel.types import Fault, FinishReason, Routes, SamplingSettings
+from keel.types import Fault, FinishReason, Routes, SamplingSettings, Support
 
 __all__ = [
     "DrawnSpan",
@@ -49,6 +49,7 @@ class GenerateRequest:
     stop_token_ids: tuple[int, ...]
     seed: int
     return_routes: bool = False
+    return_support: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class DrawnSpan:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     policy_version: int
+    support: Support | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class EngineCapabilities:
     weight_sources: tuple[str, ...]
     deterministic: bool
     cache_bytes: int = 0
+    returns_support: bool = False
 
 
 @dataclass(frozen=True, slots=True)

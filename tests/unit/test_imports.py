@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "keel"
 STANDARD = set(sys.stdlib_module_names)
-ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins", "keel.secrecy", "keel.files"}
+ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins", "keel.secrecy", "keel.files", "keel.causes"}
 """Floor 0 of the plan (and the bare package, for its version)."""
 CONFIG_FILES = {f"keel.{path.stem}" for path in ROOT.glob("config*.py")} | {"keel.types", "keel.plugins"}
 FLOOR_FOUR = {"keel.loop", "keel.build", "keel.records", "keel.recipes", "keel.evaluation", "keel.quickstart"}
@@ -21,7 +21,7 @@ FLOOR_FOUR |= {
     "keel.plan",
     "keel.signal_check",
     "keel.signal_result",
-    "keel.preflight",
+    "keel.preflights",
     "keel.replay",
     "keel.bench",
 }
@@ -36,6 +36,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.plugins": ({"keel.types"}, set()),
     "keel.secrecy": ({"keel.types"}, set()),
     "keel.files": (set(), set()),
+    "keel.causes": (set(), set()),
     "keel.config": ({"keel.types"}, {"pydantic"}),
     "keel.ops": (set(), {"torch"}),
     "keel.chat": (ANYWHERE, {"tokenizers", "transformers", "jinja2"}),
