@@ -112,7 +112,9 @@ class PreflightResult:
             )
         values = {name: value for name, value in data.items() if name not in ("schema_version", "verdict")}
         sample = values.get("sample")
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in (sample or {}).items()}
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in (sample or {}).items()
+        }
         return cls(
             **{
                 **values,
