@@ -13,13 +13,15 @@ import keel
 from keel import config_load
 from keel.config_recipes import recipe_text
 from keel.config_schema import toml_value
+from keel.envs.rows import canonical
 from keel.evaluation_result import EvaluationResult, summarize
 from keel.given import ConfigSource, configured, read_config
 from keel.monitor.rows import write_json
+from keel.monitor.rules import Alarm
 from keel.rollouts.store import write_trajectories
 from keel.runs import Run, load_run
 from keel.secrecy import refuse_secrets, scrubbed_values
-from keel.types import Trajectory, UserFault
+from keel.types import Task, Trajectory, UserFault
 
 if TYPE_CHECKING:
     from keel.config import EvalConfig, TrainConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("model.path|model.tiny.preset", "env.id", "eval.num_tasks")
 MODEL_FILES = ("config.json", "adapter_config.json")
+LOOKED_AT = 4096
 RECORDED_SECTIONS = ("model", "chat", "env", "rollout", "engine", "eval")
 
 
@@ -117,6 +120,24 @@ def measure_tasks(collector: Collector, config: EvalConfig) -> EvaluationResult:
     return summarize_as(play(collector, config), config)
 
 
+def held_out_alarm(collector: Collector, config: EvalConfig) -> Alarm | None:
+    """A warning if tasks of the evaluation are trained on too, told by their content; None if none was seen.
+
+    A success rate of such tasks says what was memorized. The first `LOOKED_AT` tasks that are trained on are looked at.
+    """
+    trained, held_out = collector.tasks("train"), collector.tasks("eval")
+    seen = {_content(trained[index]) for index in range(min(len(trained), LOOKED_AT))}
+    num_asked = min(len(held_out), config.num_tasks)
+    shared = sum(_content(held_out[index]) in seen for index in range(num_asked))
+    if not shared:
+        return None
+    text = (
+        f"{shared} of the {num_asked} tasks of the evaluation are among the tasks that are trained on, so its success "
+        'says less than it seems to; let tasks("train") and tasks("eval") of the environment share none'
+    )
+    return Alarm("held_out_shared", "warn", text, first_step=0)
+
+
 def play(collector: Collector, config: EvalConfig) -> list[Trajectory]:
     """`config.attempts` episodes at each of the first `config.num_tasks` held-out tasks, one after the other."""
     if config.num_tasks == 0:
@@ -129,6 +150,11 @@ def play(collector: Collector, config: EvalConfig) -> list[Trajectory]:
         )
     tasks = [held_out[index] for index in range(config.num_tasks)]
     return collector.collect_eval(tasks, temperature=config.temperature, seed=config.seed, attempts=config.attempts)
+
+
+def _content(task: Task) -> bytes:
+    """What tells tasks apart: their data, or, of a task without any, its id."""
+    return canonical(task.data) if task.data else task.id.encode()
 
 
 def summarize_as(

@@ -11,7 +11,7 @@ from keel.algo.apply import add_advantages, correct, set_reduction
 from keel.batch import PackedBatch, pack
 from keel.build import EnvSource, Parts, build, check_start, with_absolute_model
 from keel.config import AlgoConfig, Stage, TrainConfig
-from keel.evaluation import measure_tasks
+from keel.evaluation import held_out_alarm, measure_tasks
 from keel.learner.base import LearnerLike, Update
 from keel.learner.gradient import bound_corrections
 from keel.monitor.exhausted import told_if_exhausted
@@ -67,6 +67,7 @@ def run_stages(config: TrainConfig, run: RunLog, parts: Parts) -> RunSummary:
     parts.publish()
     if parts.learner.step == 0:
         measure(config, run, parts, "initial")
+        look_at_held_out(config, run, parts)
     for stage in config.stages():
         with run.stage(stage.name, stage.num_steps):
             for step in range(parts.learner.step - stage.first_step, stage.num_steps):
@@ -157,6 +158,14 @@ def measure(config: TrainConfig, run: RunLog, parts: Parts, name: str) -> None:
     run.progress.enter("evaluate")
     with run.stage("eval", 1):
         run.log_eval(name, measure_tasks(parts.collector, config.eval).metrics, step=parts.learner.step)
+
+
+def look_at_held_out(config: TrainConfig, run: RunLog, parts: Parts) -> None:
+    """Say so if the evaluation asks tasks that are trained on."""
+    if config.eval.num_tasks:
+        alarm = held_out_alarm(parts.collector, config.eval)
+        if alarm is not None:
+            run.log_alarm(alarm, step=0, stage=config.stages()[0].name)
 
 
 def with_advantages(batch: PackedBatch, algo: AlgoConfig) -> PackedBatch:

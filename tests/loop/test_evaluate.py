@@ -34,6 +34,21 @@ own = keel.task_env(ROWS, reward=["exact_match", (first_letter, 0.5)], eval_shar
 failing = keel.task_env(ROWS, reward=[first_letter, broken_at_a], eval_share=0.25)
 
 
+class Leaking(keel.Env):
+    """Holds out four tasks, the first three of which are trained on under other names; the tasks of no data by name."""
+
+    def tasks(self, split: str) -> list[Task]:
+        if split == "train":
+            return [*(Task(f"train {n}", {"n": n}) for n in range(3)), Task("bare")]
+        return [*(Task(f"eval {n}", {"n": n}) for n in range(4)), Task("bare"), Task("bare too")]
+
+    def reset(self, task: Task) -> list[keel.Message]:
+        return [keel.Message("user", task.id)]
+
+    def step(self, reply: Any) -> keel.Step:
+        return keel.Step(done=True, reward=float(len(reply.text)))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, make_config: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("own") / "run"
@@ -66,6 +81,23 @@ def test_own_tasks_are_learned_and_every_part_is_logged(run: Path) -> None:
         assert row["eval/attempts"] == 4.0
     tasks = {t.task.id for step in (0, 1) for t in keel.load_run(run).trajectories(step)}
     assert not tasks & {task.id for task in own().tasks("eval")}
+
+
+def test_held_out_tasks_that_are_trained_on_are_told_of(run: Path, tmp_path: Path, make_config: Any) -> None:
+    assert not any(alarm["rule"] == "held_out_shared" for alarm in keel.load_run(run).alarms)
+    leaking = make_config(
+        tmp_path / "run",
+        "gpt_oss",
+        steps=1,
+        env={"id": "", "options": {}},
+        warm_start={"steps": 0},
+        rollout={"max_new_tokens": 4},
+        eval={"num_tasks": 6},
+    )
+    keel.train(leaking, env=Leaking)
+    (alarm,) = [each for each in keel.load_run(tmp_path / "run").alarms if each["rule"] == "held_out_shared"]
+    assert alarm["severity"] == "warn"
+    assert alarm["text"].startswith("4 of the 6 tasks of the evaluation")
 
 
 def test_a_runs_newest_checkpoint_is_its_last_evaluation(run: Path, tmp_path: Path) -> None:
