@@ -6,50 +6,18 @@ line are in `keel.config_load`; this module is import-light (standard library an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from keel.config_base import Dtype as Dtype  # noqa: PLC0414 (re-exported, as are the next three)
+from keel.config_base import Plugin as Plugin  # noqa: PLC0414
+from keel.config_base import Plugins as Plugins  # noqa: PLC0414
+from keel.config_base import Section as Section  # noqa: PLC0414
+from keel.config_router import RouterConfig
+from keel.config_vllm import VllmConfig
 from keel.types import UserFault
-
-Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class Plugin(BaseModel):
-    """A plug-in and its options: `{ id = "ppo_clip", clip_high = 0.28 }`. `id` is a built-in's short name or
-    `package.module:name`; the other keys are the target's keyword-only arguments, checked when the config is loaded.
-    Without options the name alone will do: `loss = "ppo_clip"`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    id: str = Field(description="built-in short name, or package.module:name")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"id": value} if isinstance(value, str) else value
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-def _as_tuple(value: Any) -> Any:
-    """One plug-in stands for a list of one."""
-    if isinstance(value, (str, Mapping, Plugin)):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
-Plugins = Annotated[tuple[Plugin, ...], BeforeValidator(_as_tuple)]
-"""Plug-ins one after the other: `"a"`, `{ id = "a", x = 1 }` or `["a", { id = "b" }]`."""
 
 
 class TinyConfig(Section):
@@ -82,6 +50,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="run code shipped with a model; off unless said")
     revision: str = Field("", description="branch, tag or commit of a hub id; empty: its main branch")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="train a low-rank adapter (PEFT) of the weights")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="what chooses experts")
 
 
 class ChatConfig(Section):
@@ -118,7 +87,7 @@ class RolloutConfig(Section):
 
 
 class EngineConfig(Section):
-    id: str = Field("embedded", description="'embedded', or package.module:Class of the engine protocol")
+    id: str = Field("embedded", description="'embedded', 'vllm', or package.module:Class of the engine protocol")
     process: Literal["same", "separate"] = Field("same", description="'separate' runs the engine in its own process")
     slots: int = Field(64, ge=1, description="sequences decoded at once; fixed, so that neighbours change nothing")
     prefill_tile: int = Field(128, ge=8, description="rows of a prefill pass; fixed, likewise")
@@ -127,6 +96,7 @@ class EngineConfig(Section):
     free_cache: Literal["auto", "on", "off"] = Field(
         "auto", description="give keys and values back while the learner learns; auto: on CUDA, with max_staleness = 0"
     )
+    vllm: VllmConfig = Field(default_factory=VllmConfig, description="the server of engine.id = 'vllm'")
 
 
 class KLConfig(Section):
@@ -173,6 +143,14 @@ class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, description="learner processes; more than one shards the model with FSDP2")
     recompute_every: int = Field(
         1, ge=0, description="steps between recompute checks (policy/recompute_max_dev); 0: off"
+    )
+    replay_routes: Literal["auto", "on", "off"] = Field(
+        "auto", description="use the experts that the engine chose; auto: wherever they are known; on: refuse without"
+    )
+    missing_support: Literal["refuse", "own_cut"] = Field(
+        "refuse",
+        description="top-p or top-k by an engine that does not say what was left to choose from: refuse, or make the "
+        "cut again in the learner, with the drawn token always inside",
     )
 
 
