@@ -37,7 +37,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.secrecy": ({"keel.types"}, set()),
     "keel.files": (set(), set()),
     "keel.causes": (set(), set()),
-    "keel.config": ({"keel.types"}, {"pydantic"}),
+    "keel.config": (CONFIG_FILES, {"pydantic"}),
     "keel.ops": (set(), {"torch"}),
     "keel.chat": (ANYWHERE, {"tokenizers", "transformers", "jinja2"}),
     "keel.envs": (ANYWHERE | {"keel.chat.base", "keel.rewards"}, {"pydantic", "reasoning_gym", "pyarrow"}),
