@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from keel.batch_support import SupportRows
 from keel.types import MISSING_ROUTE, Group, Segment, TokenSpan, Trajectory
 
 Array = npt.NDArray[Any]
@@ -55,6 +56,12 @@ class MicroBatch:
     values: torch.Tensor | None = None  # [T] float32, about the label
     importance_weights: torch.Tensor | None = None  # [T] float32, about the label
     loss_weights: torch.Tensor | None = None  # [T] float64, what the reduction weighs the label with; None: all 1
+    replayed_routes: torch.Tensor | None = None  # [T, layers, k] int32, about the input: what the score pass chose
+    top_k: torch.Tensor | None = None  # [T] int32, about the label; 0 where nothing was cut to the k most likely
+    top_p: torch.Tensor | None = None  # [T] float64, about the label; 1.0 where nothing was cut to a share
+    support_ids: torch.Tensor | None = None  # [M] int32, what labels were chosen from, row after row
+    support_offsets: torch.Tensor | None = None  # [T + 1] int64, where each row's ids start, and M; none: nothing cut
+    support_missing: torch.Tensor | None = None  # [T] bool, the label's distribution was cut, nobody said to what
 
     @property
     def num_tokens(self) -> int:
@@ -153,8 +160,8 @@ def pack(groups: Sequence[Group], *, max_tokens: int, num_updates: int = 1) -> P
     `num_updates` optimizer steps of at least one micro-batch each; with fewer groups than that, there are as many
     updates as groups. A batch without any sequence has one update, no micro-batch and denominator 0.
 
-    Raises ValueError for a non-finite reward, tokens drawn greedily (they are no sample of a distribution), and routes
-    of unequal shapes.
+    Raises ValueError for a non-finite reward, tokens drawn greedily (they are no sample of a distribution), routes of
+    unequal shapes, and a drawn token outside what the engine says it was chosen from.
     """
     if max_tokens < 1 or num_updates < 1:
         raise ValueError(f"pack: got max_tokens={max_tokens}, num_updates={num_updates}; both must be at least 1")
@@ -234,6 +241,7 @@ def _split(
 def _micro_batches(sequences: list[_Sequence], lengths: list[int], bounds: list[int]) -> Iterator[MicroBatch]:
     """Build every stream once for the whole batch, then cut: per-token work is done by numpy alone."""
     tokens, about_label, routes = _token_streams(sequences)
+    support = SupportRows.of([span for each in sequences for span in each.segment.spans], tokens)
     row_ends = np.cumsum(lengths)  # [S]
     num_rows = int(row_ends[-1])
     starts = row_ends - lengths  # [S] first row of each sequence
@@ -247,6 +255,8 @@ def _micro_batches(sequences: list[_Sequence], lengths: list[int], bounds: list[
     }
     if routes is not None:
         rows["routed_experts"] = routes[inputs]
+    if support is not None:
+        rows |= {name: stream[inputs + 1] for name, stream in support.settings.items()}
     row_starts = np.concatenate([starts, [num_rows]])
     to_trajectory = np.array([sequence.trajectory_index for sequence in sequences], dtype=np.int64)
     to_segment = np.array([sequence.segment_index for sequence in sequences], dtype=np.int64)
@@ -259,6 +269,7 @@ def _micro_batches(sequences: list[_Sequence], lengths: list[int], bounds: list[
             max_seqlen=max(lengths[first:last]),
             # Copied, so that a micro-batch owns (and, sent elsewhere, carries) its own rows only.
             **{name: torch.from_numpy(stream[start:stop].copy()) for name, stream in rows.items()},
+            **({} if support is None else support.streams(inputs[start:stop] + 1)),
         )
 
 

@@ -91,6 +91,11 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
 
+    @property
+    def is_cut(self) -> bool:
+        """Is anything left out that the model would say?"""
+        return self.top_p < 1.0 or self.top_k > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Routes:

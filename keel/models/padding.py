@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from keel.ops.matmul import padded_rows
+from keel.ops.support import TokenSupport
 
 if TYPE_CHECKING:
     from keel.batch import MicroBatch
@@ -27,6 +28,7 @@ class PaddedRows:
     labels: torch.Tensor  # [P]
     temperature: torch.Tensor  # [P]
     cu_seqlens: torch.Tensor  # [S' + 1] int32
+    support: TokenSupport | None = None  # of P labels; padding is not cut
 
 
 def pad_micro_batch(micro_batch: MicroBatch) -> PaddedRows:
@@ -41,6 +43,7 @@ def pad_micro_batch(micro_batch: MicroBatch) -> PaddedRows:
             micro_batch.labels,
             micro_batch.temperature,
             micro_batch.cu_seqlens,
+            support_of(micro_batch),
         )
     places = torch.arange(extra, dtype=micro_batch.positions.dtype)
     length = min(extra, micro_batch.max_seqlen)
@@ -51,4 +54,13 @@ def pad_micro_batch(micro_batch: MicroBatch) -> PaddedRows:
         functional.pad(micro_batch.labels, (0, extra)),
         functional.pad(micro_batch.temperature, (0, extra), value=1.0),
         torch.cat((micro_batch.cu_seqlens, torch.tensor(ends, dtype=micro_batch.cu_seqlens.dtype))),
+        support_of(micro_batch, extra),
     )
+
+
+def support_of(micro_batch: MicroBatch, extra: int = 0) -> TokenSupport | None:
+    """What the labels were chosen from, followed by `extra` of which nothing was cut; None if nothing was at all."""
+    ids, offsets = micro_batch.support_ids, micro_batch.support_offsets
+    if ids is None or offsets is None:
+        return None
+    return TokenSupport(ids, torch.cat((offsets, offsets[-1:].expand(extra))))

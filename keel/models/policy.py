@@ -203,6 +203,7 @@ class PolicyModel(nn.Module):
             rows.labels,
             temperature=rows.temperature,
             bias=self.head.bias,
+            support=rows.support,
             chunk_tokens=self.head_chunk_tokens,
             with_entropy=with_entropy,
             entropy_grad=entropy_grad,

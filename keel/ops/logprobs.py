@@ -6,6 +6,9 @@ z = logits / temperature and p = softmax(z):
     logprob = z[label] - logsumexp(z)          d logprob / dz = onehot(label) - p
     entropy = -sum(p * log p)                  d entropy / dz = -p * (log p + entropy)
 
+Where top-p or top-k cut the distribution that a label was drawn from, logits outside what was left are -inf, and all of
+this holds over the rest alone.
+
 A row's bits depend on the chunk it is computed in and on nothing that comes after it, so the same micro-batch gives the
 same bits with and without a gradient.
 """
@@ -18,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from keel.ops.matmul import linear, product
+from keel.ops.support import TokenSupport, check_support, cut_logits
 
 DEFAULT_CHUNK_TOKENS = 1024
 
@@ -35,6 +39,7 @@ def linear_logprobs(
     *,
     temperature: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    support: TokenSupport | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     with_entropy: bool = True,
     entropy_grad: bool = False,
@@ -47,6 +52,7 @@ def linear_logprobs(
         labels: `[T]` int64, each in 0 .. V - 1.
         temperature: `[T]`, positive; None is 1 everywhere.
         bias: `[V]` or None.
+        support: what each label was chosen from, itself included; None: from the whole vocabulary.
         chunk_tokens: rows of logits alive at once.
         with_entropy: False returns None in its place and saves its two passes.
         entropy_grad: let gradients flow through the entropy too (an entropy bonus); off, it is detached.
@@ -55,11 +61,14 @@ def linear_logprobs(
         `(logprobs [T], entropy [T] or None)` in nats, float32; float64 if `hidden` is.
 
     Raises:
-        ValueError: shapes that do not fit, chunk_tokens < 1, or a temperature that is not positive.
+        ValueError: shapes that do not fit, chunk_tokens < 1, a temperature that is not positive, ids of a support
+            that are not in the vocabulary.
     """
     _check(hidden, weight, labels, temperature, bias, chunk_tokens)
+    if support is not None:
+        check_support(support, hidden.shape[0], weight.shape[0])
     logprobs, entropy = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, temperature, chunk_tokens, with_entropy or entropy_grad
+        hidden, weight, bias, labels, temperature, support, chunk_tokens, with_entropy or entropy_grad
     )
     if not with_entropy:
         return logprobs, None
@@ -73,13 +82,26 @@ def linear_logprobs_reference(
     *,
     temperature: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    support: TokenSupport | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slow twin of `linear_logprobs`: whole `[T, V]` logits in float64 and torch's own autograd."""
+    """The slow twin of `linear_logprobs`: whole `[T, V]` logits in float64 and torch's own autograd.
+
+    Of a cut row only what was left is looked at.
+    """
     logits = functional.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     if temperature is not None:
         logits = logits / temperature.double()[:, None]
-    log_p = torch.log_softmax(logits, dim=-1)
-    return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    if support is None:
+        log_p = torch.log_softmax(logits, dim=-1)
+        return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    logprobs, entropies = list[torch.Tensor](), list[torch.Tensor]()
+    for row, label in zip(logits, labels.tolist(), strict=True):
+        at = len(logprobs)
+        left = support.ids[int(support.offsets[at]) : int(support.offsets[at + 1])].tolist() or range(len(row))
+        log_p = torch.log_softmax(row[list(left)], dim=-1)
+        logprobs.append(log_p[list(left).index(label)])
+        entropies.append(-(log_p.exp() * log_p).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
 
 
 def _check(
@@ -111,10 +133,10 @@ def _check(
         )
 
 
-def _scaled_logits(
+def scaled_logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: torch.Tensor | None, rows: slice
 ) -> torch.Tensor:
-    """Logits of one chunk over its temperatures, `[n, V]`; forward and backward make them alike."""
+    """Logits of one chunk over its temperatures, `[n, V]`, nothing cut; forward and backward make them alike."""
     logits = head_logits(hidden[rows], weight, bias)
     return logits if temperature is None else logits.div_(temperature[rows, None].to(logits.dtype))
 
@@ -123,13 +145,14 @@ class _LinearLogprobs(torch.autograd.Function):
     """Chunked forward, recomputing backward. The entropy output is empty when it is not asked for."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 (torch hands them over by position)
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         temperature: torch.Tensor | None,
+        support: TokenSupport | None,
         chunk_tokens: int,
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,11 +162,16 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy = torch.empty(num_tokens if with_entropy else 0, dtype=dtype, device=hidden.device)
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            log_p = torch.log_softmax(_scaled_logits(hidden, weight, bias, temperature, rows), dim=-1)
+            scaled = scaled_logits(hidden, weight, bias, temperature, rows)
+            if support is not None:
+                cut_logits(scaled, support, start)
+            log_p = torch.log_softmax(scaled, dim=-1)
             logprobs[rows] = log_p.gather(1, labels[rows, None])[:, 0]
             if with_entropy:
-                entropy[rows] = log_p.exp().mul_(log_p).sum(-1).neg_()
+                p = log_p.exp()
+                entropy[rows] = p.mul_(_of_the_left(log_p, support)).sum(-1).neg_()
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy)
+        ctx.support = support
         ctx.chunk_tokens = chunk_tokens
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -158,9 +186,11 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros(bias.shape, dtype=wide, device=weight.device) if need_bias else None
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
-            scaled = _scaled_logits(hidden, weight, bias, temperature, rows)
+            scaled = scaled_logits(hidden, weight, bias, temperature, rows)
+            if ctx.support is not None:
+                cut_logits(scaled, ctx.support, start)
             grad_logits = _grad_scaled(
-                scaled, labels[rows], _rows(grad_logprobs, rows), _rows(grad_entropy, rows), entropy[rows]
+                scaled, labels[rows], _rows(grad_logprobs, rows), _rows(grad_entropy, rows), entropy[rows], ctx.support
             )
             if temperature is not None:
                 grad_logits.div_(temperature[rows, None].to(wide))
@@ -180,7 +210,13 @@ class _LinearLogprobs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _of_the_left(log_p: torch.Tensor, support: TokenSupport | None) -> torch.Tensor:
+    """`log_p [n, V]` with 0 for what was cut away, in place: times a probability of 0 it must be 0."""
+    return log_p if support is None else log_p.masked_fill_(log_p.isneginf(), 0.0)
 
 
 def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
@@ -193,6 +229,7 @@ def _grad_scaled(
     grad_logprobs: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     entropy: torch.Tensor,
+    support: TokenSupport | None,
 ) -> torch.Tensor:
     """Gradient of one chunk with respect to its scaled logits `[n, V]`; formulas at the top of the file."""
     if grad_entropy is None:
@@ -203,7 +240,7 @@ def _grad_scaled(
     else:
         log_p = torch.log_softmax(scaled, dim=-1)
         p = log_p.exp()
-        weight = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None])
+        weight = _of_the_left(log_p, support).add_(entropy[:, None]).mul_(grad_entropy[:, None])
         if grad_logprobs is not None:
             weight = weight.add_(grad_logprobs[:, None])
         grad = p.mul_(weight.neg_())

@@ -45,7 +45,8 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.sandbox": (ANYWHERE, {"psutil"}),
     "keel.monitor": (CONFIG_FILES | {"keel.secrecy", "keel.files"}, LIGHT),
     "keel.report": (ANYWHERE | {"keel.monitor", "keel.runs"}, {"numpy", "tokenizers", "plotly"}),
-    "keel.batch": ({"keel.types"}, {"torch", "numpy"}),
+    "keel.batch": ({"keel.types", "keel.batch_support"}, {"torch", "numpy"}),
+    "keel.batch_support": ({"keel.types"}, {"torch", "numpy"}),
     "keel.models": (
         {"keel.ops", "keel.batch", "keel.types"},
         {"torch", "transformers", "tokenizers", "safetensors", "numpy", "peft"},
