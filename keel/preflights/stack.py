@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from keel.chat.tokenizer import ChatTokenizer
     from keel.config import TrainConfig
     from keel.models.info import ModelInfo
-    from keel.sync.base import WeightSource
+    from keel.sync.base import WeightSender
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -41,7 +41,7 @@ class ScoredSequence:
 
     token_ids: Ints  # [n]
     drawn: Bools  # [n]
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     support: Support | None = None
 
 
@@ -100,7 +100,9 @@ class EngineSide(Protocol):
 
     def end_sessions(self, session_ids: Sequence[str]) -> None: ...
 
-    def load_weights(self, source: WeightSource, version: int) -> None: ...
+    def publish(self, sender: WeightSender, version: int) -> None:
+        """Give it new weights, the way a run does. Raises SyncError or EngineError if that fails."""
+        ...
 
     def close(self) -> None: ...
 
@@ -150,24 +152,33 @@ class ProbeSequence:
 class ProbeData:
     """What the engine drew, and what both sides say of it: all that an attribution needs.
 
-    `trainer` has one entry per sequence. Gaps are taken at drawn tokens alone.
+    `trainer` has one entry per sequence. Gaps are taken at drawn tokens alone. `notes` says what was left out.
     """
 
     sequences: tuple[ProbeSequence, ...]
     trainer: tuple[TrainerScores, ...] = ()
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_drawn(self) -> int:
         return sum(int(sequence.drawn.sum()) for sequence in self.sequences)
 
-    def gaps(self) -> Floats:
-        """Engine's minus trainer's log-prob at every drawn token, sequence after sequence; `[num_drawn]`."""
-        parts = [
-            (sequence.engine_logprobs - scores.logprobs)[sequence.drawn]
-            for sequence, scores in zip(self.sequences, self.trainer, strict=True)
-        ]
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence) for sequence in self.sequences)
+
+    def engine_logprobs(self) -> Floats:
+        """`[num_drawn]`, sequence after sequence."""
+        return _joined([each.engine_logprobs[each.drawn] for each in self.sequences])
+
+    def trainer_logprobs(self) -> Floats:
+        """`[num_drawn]`, in the same order."""
+        pairs = zip(self.sequences, self.trainer, strict=True)
+        return _joined([scores.logprobs[each.drawn] for each, scores in pairs])
+
+
+def _joined(parts: list[Floats]) -> Floats:
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,6 @@ class Stack:
     engine: EngineSide
     tokenizer: ChatTokenizer | None
     chat: Chat | None
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     config: TrainConfig | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
