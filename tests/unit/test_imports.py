@@ -73,6 +73,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
 }
 FLOOR_FOUR |= {"keel.given", "keel.sources", "keel.api"}
 FLOOR_FOUR |= {"keel.export", "keel.export_card", "keel.export_push"}
+FLOOR_FOUR |= {"keel.gap"}
 for _name in CONFIG_FILES - {"keel.config", "keel.types", "keel.plugins"}:
     MAY_ENTER[_name] = (CONFIG_FILES, {"pydantic", "tomlkit"})
 for _name in FLOOR_FOUR:
@@ -81,6 +82,7 @@ COMMANDS = {"keel.cli"}
 for _name in COMMANDS | {"keel.__main__"}:
     MAY_ENTER[_name] = ({"*"}, {"typer", "rich"})
 MAY_ENTER["keel.export"][1].add("safetensors")
+MAY_ENTER["keel.gap"][1].update({"safetensors", "tokenizers"})
 MAY_ENTER["keel.export_card"][1].add("huggingface_hub")
 MAY_ENTER["keel.export_push"][1].add("huggingface_hub")
 DEEPEST = ("keel.cli", "keel.loop")
