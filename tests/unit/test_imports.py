@@ -56,8 +56,8 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.sync": ({"keel.types", "keel.engines.base"}, {"torch", "safetensors", "vllm"}),
     "keel.algo": ({"keel.types", "keel.batch"}, {"torch"}),
     "keel.engines": (
-        ANYWHERE | {"keel.models", "keel.ops", "keel.dist", "keel.sync"},
-        {"torch", "transformers", "safetensors", "numpy"},
+        ANYWHERE | {"keel.config_vllm", "keel.models", "keel.ops", "keel.dist", "keel.sync"},
+        {"torch", "transformers", "safetensors", "numpy", "httpx2"},
     ),
     "keel.rollouts": (
         ANYWHERE | {"keel.chat", "keel.envs", "keel.rewards", "keel.engines.base"},
