@@ -46,16 +46,20 @@ def write_records(
 def step_streams(batch: PackedBatch, updates: Sequence[Update]) -> dict[str, np.ndarray]:
     """The batch's streams end to end, `[T]` over all micro-batches, as they were trained.
 
-    `cu_seqlens` and `micro_batch_bounds` count rows of the whole batch, `update_bounds` micro-batches. `logprobs` and
+    `cu_seqlens` and `micro_batch_bounds` count rows of the whole batch, `update_bounds` micro-batches, and
+    `support_offsets [T + 1]` what is in `support_ids`. `logprobs` and
     `entropy` are the learner's, with the weights before each update; in one-update mode they are `old_logprobs` too.
     """
     streams: dict[str, list[torch.Tensor]] = {}
     starts = [0]
     cu_seqlens = [torch.zeros(1, dtype=torch.int64)]
+    support_offsets = [torch.zeros(1, dtype=torch.int64)]
     for micro_batch in batch.micro_batches:
         for name, stream in _streams(micro_batch).items():
             streams.setdefault(name, []).append(stream)
         cu_seqlens.append(micro_batch.cu_seqlens[1:].long() + starts[-1])
+        if micro_batch.support_offsets is not None:
+            support_offsets.append(micro_batch.support_offsets[1:].cpu() + support_offsets[-1][-1])
         starts.append(starts[-1] + micro_batch.num_tokens)
     computed = {index: found for update in updates for index, found in update.streams.items()}
     for index in sorted(computed):
@@ -63,6 +67,7 @@ def step_streams(batch: PackedBatch, updates: Sequence[Update]) -> dict[str, np.
             streams.setdefault(name, []).append(stream)
     return {
         **{name: torch.cat(parts).cpu().numpy() for name, parts in streams.items()},
+        **({"support_offsets": torch.cat(support_offsets).numpy()} if len(support_offsets) > 1 else {}),
         "cu_seqlens": torch.cat(cu_seqlens).numpy(),
         "micro_batch_bounds": np.asarray(starts, dtype=np.int64),
         "update_bounds": np.asarray(batch.update_bounds, dtype=np.int64),
@@ -90,7 +95,7 @@ def _streams(micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
     return {
         name: value.contiguous()
         for name, value in found.items()
-        if isinstance(value, torch.Tensor) and name != "cu_seqlens"
+        if isinstance(value, torch.Tensor) and name not in ("cu_seqlens", "support_offsets")
     }
 
 

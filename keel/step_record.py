@@ -20,7 +20,7 @@ from keel.rollouts.store import RecordError, read_step_record
 
 Array = npt.NDArray[Any]
 
-# What runs over sequences, micro-batches, updates or trajectories instead of rows.
+# What runs over sequences, micro-batches, updates, trajectories or supports instead of rows.
 _NOT_ROWS = {
     "cu_seqlens",
     "micro_batch_bounds",
@@ -29,8 +29,10 @@ _NOT_ROWS = {
     "trajectory_to_group",
     "sequence_to_trajectory",
     "sequence_to_segment",
+    "support_ids",
+    "support_offsets",
 }
-_OF_INPUTS = {"input_ids", "positions", "routed_experts"}
+_OF_INPUTS = {"input_ids", "positions", "routed_experts", "replayed_routes"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,13 @@ class StepRecord:
         title = f"step {self.header.get('step')}: {self.num_tokens:,} rows, {len(self.sequences):,} sequences"
         return cells.table(title, ("stream", "type", "shape"), rows)
 
+    def support(self, row: int) -> Array:
+        """What the label of `row` was chosen from, `[n]` token ids; none where nothing was cut."""
+        if "support_offsets" not in self.streams:
+            return np.empty(0, dtype=np.int32)
+        start, stop = self.streams["support_offsets"][row : row + 2]
+        return self.streams["support_ids"][start:stop]
+
     def of_trajectory(self, trajectory: int) -> tuple[SequenceView, ...]:
         """The sequences of one trajectory, numbered as in `sequence_to_trajectory`."""
         return tuple(view for view in self.sequences if view.trajectory == trajectory)
@@ -131,6 +140,21 @@ def _fault(streams: Mapping[str, Array], header: Mapping[str, Any]) -> str:
     starts = streams["cu_seqlens"]
     if odd:
         return f"{', '.join(sorted(odd))} and input_ids differ in length"
+    offsets, ids = streams.get("support_offsets"), streams.get("support_ids")
+    if (offsets is None) != (ids is None) or (
+        offsets is not None and ids is not None and not _bounds_rows(offsets, num_rows, len(ids))
+    ):
+        return "support_offsets does not bound what its labels were chosen from"
     if starts.ndim != 1 or len(starts) != len(streams["sequence_to_trajectory"]) + 1 or np.any(np.diff(starts) < 0):
         return "cu_seqlens does not bound its sequences"
     return "" if starts[0] == 0 and starts[-1] == num_rows else "cu_seqlens does not cover its rows"
+
+
+def _bounds_rows(offsets: Array, num_rows: int, size: int) -> bool:
+    """Are `offsets` those of `num_rows` rows that lie end to end in `size` values?"""
+    return (
+        offsets.shape == (num_rows + 1,)
+        and offsets[0] == 0
+        and offsets[-1] == size
+        and not np.any(np.diff(offsets) < 0)
+    )

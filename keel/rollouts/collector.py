@@ -127,7 +127,8 @@ class Collector:
 
         The same seed draws the same numbers, at any time of a run. Raises RolloutError if every attempt failed.
         """
-        settings = replace(self._settings, sampling=replace(self._settings.sampling, temperature=temperature))
+        sampling = replace(self._settings.sampling, temperature=temperature)
+        settings = replace(self._settings, sampling=sampling, return_support=False)  # nobody learns from these
         planned = [
             Attempt(task, f"eval{index:05d}", attempt, seed, _EVAL_STEP)
             for index, task in enumerate(tasks)
@@ -174,14 +175,16 @@ class Collector:
                 f"rollout.max_sequence_tokens is {config.max_sequence_tokens}, but engine {can.name!r} holds "
                 f"{can.max_sequence_tokens} tokens per sequence: lower the one or raise engine.max_sequence_tokens"
             )
+        sampling = SamplingSettings(config.temperature, config.top_p, config.top_k)
         return EpisodeSettings(
-            sampling=SamplingSettings(config.temperature, config.top_p, config.top_k),
+            sampling=sampling,
             max_turns=config.max_turns,
             max_new_tokens=config.max_new_tokens,
             max_sequence_tokens=config.max_sequence_tokens,
             reset_timeout_s=self._env_config.reset_timeout_s,
             step_timeout_s=self._env_config.step_timeout_s,
             return_routes=can.returns_routes,
+            return_support=can.returns_support and sampling.is_cut,
         )
 
     def _train_schedule(self) -> TaskSchedule:

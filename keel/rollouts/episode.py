@@ -39,6 +39,7 @@ class EpisodeSettings:
     reset_timeout_s: float
     step_timeout_s: float
     return_routes: bool = False
+    return_support: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,7 @@ class _Episode:
             stop_token_ids=self.chat.stop_token_ids,
             seed=self.attempt.draw_seed(turn),
             return_routes=self.settings.return_routes,
+            return_support=self.settings.return_support,
         )
         begin = time.perf_counter()
         try:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from keel.files import write_whole
 from keel.secrecy import scrubbed_values
-from keel.types import Fault, Message, Routes, SamplingSettings, Segment, Task, TokenSpan, Trajectory, Turn
+from keel.types import Fault, Message, Routes, SamplingSettings, Segment, Support, Task, TokenSpan, Trajectory, Turn
 
 SCHEMA_VERSION = 1
 
@@ -164,6 +164,9 @@ def _span_to_json(span: TokenSpan) -> dict[str, Any]:
     if routes is not None:
         little_endian = np.frombuffer(routes.data, dtype=np.uint16).astype("<u2").tobytes()
         value["routes"] = {"shape": list(routes.shape), "base64": base64.b64encode(little_endian).decode()}
+    if span.support is not None:
+        little_endian = np.frombuffer(span.support.ids, dtype=np.uint32).astype("<u4").tobytes()
+        value["support"] = {"counts": list(span.support.counts), "base64": base64.b64encode(little_endian).decode()}
     return value
 
 
@@ -175,5 +178,8 @@ def _span_from_json(value: Mapping[str, Any]) -> TokenSpan:
     if value["origin"] != "policy":
         return TokenSpan(tuple(value["token_ids"]), value["origin"], routed_experts=routes)
     sampling = SamplingSettings(**value["sampling"])
-    logprobs = tuple(value["logprobs"])
-    return TokenSpan(tuple(value["token_ids"]), "policy", logprobs, value["policy_version"], sampling, routes)
+    logprobs, support = tuple(value["logprobs"]), None
+    if "support" in value:
+        data = np.frombuffer(base64.b64decode(value["support"]["base64"]), dtype="<u4").astype(np.uint32).tobytes()
+        support = Support(tuple(value["support"]["counts"]), data)
+    return TokenSpan(tuple(value["token_ids"]), "policy", logprobs, value["policy_version"], sampling, routes, support)

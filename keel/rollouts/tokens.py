@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from keel.chat.base import Prompt
 from keel.engines.base import GenerateResult
-from keel.types import Origin, Routes, SamplingSettings, Segment, TokenSpan
+from keel.types import Routes, Segment, TokenSpan
 
 
 class TokenRecordError(RuntimeError):
@@ -48,14 +49,15 @@ class TokenRecord:
                 "the chat says its prompt extends the tokens so far, but it does not begin with them; a chat that "
                 "renders earlier turns anew must return extends=False"
             )
-        self._open.append(prompt.token_ids[len(seen) :], "context")
+        self._open.append(TokenSpan(prompt.token_ids[len(seen) :], "context"))
 
     def draw(self, result: GenerateResult) -> None:
         """Record what the engine drew after the last prompt. Raises TokenRecordError if its routes do not fit."""
         if self._open is None:
             raise TokenRecordError("tokens were drawn before any prompt was fed")
         for span in result.spans:
-            self._open.append(span.token_ids, "policy", span.logprobs, span.policy_version, result.sampling)
+            drawn = (span.logprobs, span.policy_version, result.sampling)
+            self._open.append(TokenSpan(span.token_ids, "policy", *drawn, support=span.support))
         if result.routed_experts is not None:
             self._open.add_routes(result.routes_start, result.routed_experts)
 
@@ -63,7 +65,7 @@ class TokenRecord:
         """Record tokens that a demonstration puts in the policy's place."""
         if self._open is None:
             raise TokenRecordError("tokens were demonstrated before any prompt was fed")
-        self._open.append(token_ids, "demonstration")
+        self._open.append(TokenSpan(tuple(token_ids), "demonstration"))
 
     def segments(self) -> tuple[Segment, ...]:
         """All segments; the record is closed by this."""
@@ -83,18 +85,11 @@ class _OpenSegment:
         self._row: Routes | None = None  # one row of no known route: the shape of all of them
         self._routes = bytearray()  # of positions 0 to the last that was given any
 
-    def append(
-        self,
-        token_ids: Sequence[int],
-        origin: Origin,
-        logprobs: tuple[float, ...] | None = None,
-        policy_version: int | None = None,
-        sampling: SamplingSettings | None = None,
-    ) -> None:
-        if not token_ids:
-            return
-        self.token_ids.extend(token_ids)
-        self.cuts.append(TokenSpan(tuple(token_ids), origin, logprobs, policy_version, sampling))
+    def append(self, span: TokenSpan) -> None:
+        """The next tokens; of none, no span is made."""
+        if span.token_ids:
+            self.token_ids.extend(span.token_ids)
+            self.cuts.append(span)
 
     def add_routes(self, start: int, routes: Routes) -> None:
         end = start + routes.num_tokens
@@ -122,6 +117,6 @@ class _OpenSegment:
         for cut in self.cuts:
             end = start + len(cut)
             routes = Routes(data[start * size : end * size], len(cut), layers, top_k)
-            spans.append(TokenSpan(cut.token_ids, cut.origin, cut.logprobs, cut.policy_version, cut.sampling, routes))
+            spans.append(replace(cut, routed_experts=routes))
             start = end
         return Segment(tuple(spans))

@@ -207,6 +207,7 @@ class EmbeddedEngine:
             weight_sources=("shared",) if self.shares_weights else ("file",),
             deterministic=True,
             cache_bytes=self._cache.num_bytes,
+            returns_support=True,
         )
 
     async def health(self) -> EngineHealth:
@@ -294,7 +295,8 @@ class EmbeddedEngine:
         if not ready.any():
             return
         uniform = uniforms(table.seed_state, table.known)
-        draws = draw(self._passes.logits(hidden), table.temperature, table.top_k, table.top_p, uniform)
+        wanted = scheduler.support_rows(np.flatnonzero(ready).tolist())
+        draws = draw(self._passes.logits(hidden), table.temperature, table.top_k, table.top_p, uniform, wanted)
         self.num_drawn += int(ready.sum())
         for ended in scheduler.take_draws(ready, draws):
             self._settle(ended.job, ended.reason)

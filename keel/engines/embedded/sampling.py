@@ -8,6 +8,7 @@ unvectorized tail of a buffer; such a function of a flattened buffer would make 
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ class Draws:
     tokens: np.ndarray  # [R] int64
     logprobs: np.ndarray  # [R] float64, under the distribution drawn from
     finite: np.ndarray  # [R] bool
+    support: Mapping[int, np.ndarray]  # of rows where it was wanted: ids [n], likeliest first
 
 
 def seed_state(seed: int) -> int:
@@ -45,9 +47,16 @@ def uniforms(seed_states: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def draw(
-    logits: torch.Tensor, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, uniform: np.ndarray
+    logits: torch.Tensor,
+    temperature: np.ndarray,
+    top_k: np.ndarray,
+    top_p: np.ndarray,
+    uniform: np.ndarray,
+    support_rows: Container[int] = (),
 ) -> Draws:
     """Draw a token for every row of `logits [R, V]`; the settings and `uniform` are `[R]`.
+
+    Of `support_rows` it is told what top-k and top-p left to choose from, if they cut anything.
 
     Temperature 0 takes the most likely token (the first of equals) with log-prob 0. Like the usual warpers: top-k keeps
     every token that ties with the k-th; top-p keeps the most likely tokens up to and including the one with which
@@ -59,16 +68,21 @@ def draw(
     scaled = logits.to(torch.float64) / scale[:, None]
     threshold = torch.from_numpy(uniform).to(device)
     tokens, shares = _draw_whole(scaled, threshold)
+    support: dict[int, np.ndarray] = {}
     cut = np.flatnonzero(~greedy & ((top_p < 1.0) | ((top_k > 0) & (top_k < logits.shape[1]))))
     if cut.size:
         rows = torch.from_numpy(cut).to(device)
         limits = (torch.from_numpy(top_k[cut]).to(device), torch.from_numpy(top_p[cut]).to(device))
-        tokens[rows], shares[rows] = _draw_cut(scaled[rows], *limits, threshold[rows])
+        order, weights = _cut(scaled[rows], *limits)
+        place, shares[rows] = _invert(weights, threshold[rows])
+        tokens[rows] = order.gather(-1, place[:, None]).squeeze(-1)
+        wanted = [index for index, row in enumerate(cut.tolist()) if row in support_rows]
+        support = {int(cut[index]): order[index][weights[index] > 0].cpu().numpy() for index in wanted}
     if greedy.any():
         rows = torch.from_numpy(np.flatnonzero(greedy)).to(device)
         tokens[rows], shares[rows] = scaled[rows].argmax(dim=-1), 1.0
     finite = torch.isfinite(logits.sum(dim=-1))
-    return Draws(tokens.cpu().numpy(), _logs(shares), finite.cpu().numpy())
+    return Draws(tokens.cpu().numpy(), _logs(shares), finite.cpu().numpy(), support)
 
 
 def logprobs_of(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
@@ -91,10 +105,8 @@ def _draw_whole(scaled: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tens
     return _invert(torch.softmax(scaled, dim=-1), uniform)
 
 
-def _draw_cut(
-    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens in falling order of probability, the tail cut off. All arguments have the same number of rows."""
+def _cut(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in falling order of probability `[R, V]`, and their probabilities, 0 for the tail that is cut off."""
     vocabulary = scaled.shape[-1]
     ordered, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
     kept = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)
@@ -102,8 +114,7 @@ def _draw_cut(
     probabilities = torch.softmax(ordered, dim=-1)
     share_before = torch.cumsum(probabilities, dim=-1) - probabilities
     inside = (share_before < top_p[:, None]) | (top_p >= 1.0)[:, None]
-    place, share = _invert(probabilities * inside, uniform)
-    return order.gather(-1, place[:, None]).squeeze(-1), share
+    return order, probabilities * inside
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

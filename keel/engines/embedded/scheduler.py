@@ -18,6 +18,8 @@ from keel.engines.embedded.sampling import Draws
 from keel.engines.embedded.slots import DECODE, FREE, HELD, PREFILL, Job, SlotTable
 from keel.types import FinishReason
 
+_NOTHING_CUT = np.empty(0, dtype=np.int64)
+
 Flags = npt.NDArray[np.bool_]
 
 
@@ -216,6 +218,11 @@ class Scheduler:
         table = self.table
         return np.asarray((table.state == DECODE) & (table.fed == table.known), dtype=np.bool_)
 
+    def support_rows(self, slots: Iterable[int]) -> list[int]:
+        """Those of `slots` whose request wants to know what each token was chosen from."""
+        jobs = self.table.jobs
+        return [slot for slot in slots if (job := jobs[slot]) is not None and job.request.return_support]
+
     def take_draws(self, ready: Flags, draws: Draws) -> list[Ended]:
         """Append the drawn tokens of the `ready` slots; the jobs that are over. Their slots stay as they are."""
         table = self.table
@@ -225,6 +232,10 @@ class Scheduler:
         table.tokens[rows, places] = tokens
         table.logprobs[rows, places] = draws.logprobs[rows]
         table.known[rows] = places + 1
+        for row in self.support_rows(rows.tolist()):
+            job = table.jobs[row]
+            assert job is not None
+            job.support.append(draws.support.get(row, _NOTHING_CUT))
         stopped = (table.stops[rows] == tokens[:, None]).any(axis=1)
         over = stopped | (places + 1 >= table.end[rows])
         ended = [self._ended(int(rows[i]), "stop" if stopped[i] else "length") for i in np.flatnonzero(over)]

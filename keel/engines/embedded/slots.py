@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keel.engines.base import DrawnSpan, GenerateRequest
+from keel.types import Support
 
 FREE, HELD, PREFILL, DECODE = range(4)
 NO_TOKEN = -1
@@ -31,6 +32,7 @@ class Job:
     spans: list[tuple[int, int]] = field(default_factory=list)
     old_routes: bytes = b""  # of positions num_cached to num_cached + num_old_routes - 1, fed before weights changed
     num_old_routes: int = 0
+    support: list[np.ndarray] = field(default_factory=list)  # of each drawn token, if it is wanted; empty: nothing cut
 
     @property
     def num_prompt(self) -> int:
@@ -114,8 +116,19 @@ class SlotTable:
         bounds = [start for start, _ in job.spans] + [int(self.known[slot])]
         return tuple(
             DrawnSpan(
-                tuple(self.tokens[slot, start:stop].tolist()), tuple(self.logprobs[slot, start:stop].tolist()), version
+                tuple(self.tokens[slot, start:stop].tolist()),
+                tuple(self.logprobs[slot, start:stop].tolist()),
+                version,
+                _support(job, start, stop),
             )
             for (start, version), stop in zip(job.spans, bounds[1:], strict=True)
             if stop > start
         )
+
+
+def _support(job: Job, start: int, stop: int) -> Support | None:
+    """What the tokens at places `start` to `stop - 1` were chosen from; None unless the request wants to know."""
+    if not job.request.return_support:
+        return None
+    parts = job.support[start - job.num_prompt : stop - job.num_prompt]
+    return Support(tuple(map(len, parts)), b"".join(part.astype(np.uint32).tobytes() for part in parts))

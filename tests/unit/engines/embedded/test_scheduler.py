@@ -55,7 +55,7 @@ class World:
             scheduler.decode_done(active)
             worked = True
         ready = scheduler.ready()
-        draws = Draws(np.arange(ROWS) + 100, np.zeros(ROWS), np.ones(ROWS, dtype=bool))
+        draws = Draws(np.arange(ROWS) + 100, np.zeros(ROWS), np.ones(ROWS, dtype=bool), {})
         for ended in scheduler.take_draws(ready, draws):
             self.done.append(ended.job)
             scheduler.finish(ended.job)
