@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from keel.envs.tools import tool
     from keel.evaluation import evaluate
     from keel.evaluation_result import EvaluationResult
+    from keel.gap.measure import mismatch
+    from keel.gap.report import GapReport
     from keel.monitor.summary import RunSummary
     from keel.runs import Run, StepRecord, load_record, load_run
     from keel.signal_check import rollout
@@ -32,6 +34,7 @@ __all__ = [
     "Env",
     "EnvError",
     "EvaluationResult",
+    "GapReport",
     "Group",
     "Message",
     "Reply",
@@ -50,6 +53,7 @@ __all__ = [
     "load_config",
     "load_record",
     "load_run",
+    "mismatch",
     "report",
     "resume",
     "rollout",
@@ -63,6 +67,7 @@ _HOMES = {
     "Env": "keel.envs.base:Env",
     "EnvError": "keel.envs.base:EnvError",
     "EvaluationResult": "keel.evaluation_result:EvaluationResult",
+    "GapReport": "keel.gap.report:GapReport",
     "Group": "keel.types:Group",
     "Message": "keel.types:Message",
     "Reply": "keel.chat.base:Reply",
@@ -80,6 +85,7 @@ _HOMES = {
     "load_config": "keel.config_load:load",
     "load_record": "keel.runs:load_record",
     "load_run": "keel.runs:load_run",
+    "mismatch": "keel.gap.measure:mismatch",
     "report": "keel.report",
     "resume": "keel.api:resume",
     "rollout": "keel.signal_check:rollout",

@@ -15,7 +15,7 @@ import typer
 
 import keel
 from keel import config_load
-from keel.cli import evaluate, export, new, recipes, report, rollout
+from keel.cli import evaluate, export, mismatch, new, recipes, report, rollout
 from keel.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_plugins import plugin_modules
@@ -28,7 +28,7 @@ from keel.types import Fault
 if TYPE_CHECKING:
     from keel.monitor.summary import RunSummary
 
-ONLY_READ = ("report", "compare", "tiny-model", "new", "recipes", "export")
+ONLY_READ = ("report", "compare", "tiny-model", "new", "recipes", "export", "mismatch")
 DEBUG_VARIABLE = "KEEL_DEBUG"
 EXIT_CODES = f"""\b
 Exit codes:
@@ -218,6 +218,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("report", report.report, "Write or serve the report of a run."),
     ("compare", report.compare, "Say what sets two runs apart."),
     ("eval", evaluate.evaluate, "Evaluate a run, a checkpoint or any model."),
+    ("mismatch", mismatch.mismatch, "Engine against learner in a log, Keel's or another trainer's."),
     ("export", export.export, "Write a run's weights as a Hugging Face directory."),
     ("recipes", recipes.recipes, "List the configs that ship with Keel."),
     ("config", print_config, "Print a complete, documented config."),
