@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "keel"
 STANDARD = set(sys.stdlib_module_names)
 ANYWHERE = {"keel", "keel.types", "keel.config", "keel.plugins", "keel.secrecy", "keel.files", "keel.causes"}
+ANYWHERE |= {"keel.distortion"}
 """Floor 0 of the plan (and the bare package, for its version)."""
 CONFIG_FILES = {f"keel.{path.stem}" for path in ROOT.glob("config*.py")} | {"keel.types", "keel.plugins"}
 FLOOR_FOUR = {"keel.loop", "keel.build", "keel.records", "keel.recipes", "keel.evaluation", "keel.quickstart"}
@@ -37,6 +38,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.secrecy": ({"keel.types"}, set()),
     "keel.files": (set(), set()),
     "keel.causes": (set(), set()),
+    "keel.distortion": ({"keel.types", "keel.causes"}, set()),
     "keel.config": (CONFIG_FILES, {"pydantic"}),
     "keel.ops": (set(), {"torch"}),
     "keel.chat": (ANYWHERE, {"tokenizers", "transformers", "jinja2"}),
@@ -48,7 +50,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.batch": ({"keel.types", "keel.batch_support"}, {"torch", "numpy"}),
     "keel.batch_support": ({"keel.types"}, {"torch", "numpy"}),
     "keel.models": (
-        {"keel.ops", "keel.batch", "keel.types"},
+        {"keel.ops", "keel.batch", "keel.types", "keel.distortion", "keel.sync.groups"},
         {"torch", "transformers", "tokenizers", "safetensors", "numpy", "peft"},
     ),
     "keel.attention": ({"keel.models", "keel.ops"}, {"torch", "transformers"}),
