@@ -100,6 +100,11 @@ def replay_routes(routes: torch.Tensor) -> Iterator[None]:
 
 def replay_for_rows(num_rows: int) -> AbstractContextManager[None]:
     """What is replayed, if anything, filled up to `num_rows` rows that choose for themselves."""
+def replayed() -> torch.Tensor | None:
+    """The routes that this context replays, `[T, moe layers, k]`, if it replays any."""
+    return _replay.get()
+
+
     routes = _replay.get()
     if routes is None or routes.shape[0] >= num_rows:
         return nullcontext()
