@@ -1,0 +1,106 @@
+"""A broadcast from the learner to those who sample: rank 0 sends, the others receive. torch alone, both sides.
+
+The learner opens a store on its machine, under whose key lies the manifest: what comes, in order, and for whom. Groups
+are made for one transfer and forgotten: who died and came back simply joins the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MANIFEST, DONE = "manifest", "done"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the store is, how many receive, and over what ("gloo" or "nccl")."""
+
+    backend: str
+    host: str
+    port: int
+    num_receivers: int
+
+    def as_text(self) -> str:
+        return json.dumps([self.backend, self.host, self.port, self.num_receivers])
+
+    @classmethod
+    def from_text(cls, text: str) -> Address:
+        backend, host, port, number = json.loads(text)
+        return cls(str(backend), str(host), int(port), int(number))
+
+
+def send(address: Address, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], timeout_s: float) -> None:
+    """Broadcast `tensors` to `address.num_receivers` receivers, `header` (JSON values) with them.
+
+    Returns when all have said that they have them. Raises RuntimeError if one is missing or lost after `timeout_s`.
+    """
+    store = _store(address, timeout_s, master=True)
+    items = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+    store.set(MANIFEST, json.dumps({"tensors": items, "header": dict(header)}))
+    group = _group(address, store, 0, timeout_s)
+    device = _device(address)
+    for tensor in tensors.values():
+        _broadcast(group, tensor.detach().to(device).contiguous())
+    store.wait([f"{DONE}/{rank}" for rank in range(1, address.num_receivers + 1)], timedelta(seconds=timeout_s))
+
+
+class Receiver:
+    """One end of a transfer: read the manifest, check it, then receive."""
+
+    def __init__(self, address: Address, rank: int, timeout_s: float) -> None:
+        """`rank` counts receivers from 1. Raises RuntimeError if the sender is not there within `timeout_s`."""
+        self._address, self._rank, self._timeout_s = address, rank, timeout_s
+        self._store = _store(address, timeout_s, master=False)
+        manifest = json.loads(self._store.get(MANIFEST))
+        self.header: dict[str, Any] = manifest["header"]
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            name: (getattr(torch, dtype), tuple(shape)) for name, dtype, shape in manifest["tensors"]
+        }
+
+    def receive(self, *, into_host: bool = True) -> dict[str, torch.Tensor]:
+        """Everything, in memory of its own: a sender that dies on the way leaves the model as it was."""
+        group = _group(self._address, self._store, self._rank, self._timeout_s)
+        device = _device(self._address)
+        result = {}
+        for name, (dtype, shape) in self.tensors.items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            _broadcast(group, tensor)
+            result[name] = tensor.cpu() if into_host else tensor
+        self._store.set(f"{DONE}/{self._rank}", "1")
+        return result
+
+
+def _store(address: Address, timeout_s: float, *, master: bool) -> Any:
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        address.host, address.port, None, master, timeout, wait_for_workers=False
+    )
+
+
+def _group(address: Address, store: Any, rank: int, timeout_s: float) -> Any:
+    """A process group outside of torch's global ones: both processes may be in others of their own."""
+    size, timeout = address.num_receivers + 1, timedelta(seconds=timeout_s)
+    prefixed = dist.distributed_c10d.PrefixStore("weights", store)
+    if address.backend == "gloo":
+        return dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(prefixed, rank, size, options)
+
+
+def _broadcast(group: Any, tensor: torch.Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    # As bytes: gloo knows fewer types than torch.
+    group.broadcast([tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor], options).wait()
+
+
+def _device(address: Address) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if address.backend == "nccl" else torch.device("cpu")
