@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,11 @@ def test_everything_found_is_on_the_page(open_page, tmp_path: Path, size: tuple[
     assert "sliding window not applied in the engine, which explains 97 %" in page.locator(".verdict h2").inner_text()
     rows = page.locator(".check")
     assert [row.locator(".pill").inner_text() for row in rows.all()] == ["failed", "warned", "passed", "skipped"]
-    for row in rows.all():  # all of them where they can be seen, one below the other
-        box = row.bounding_box()
-        assert box is not None
-        assert box["height"] > 20
-        assert 0 <= box["x"] <= size[0] - box["width"]
+    boxes = [row.bounding_box() for row in rows.all()]
+    assert all(0 <= box["x"] <= size[0] - box["width"] for box in boxes)
+    for above, below in pairwise(boxes):  # all of them where they can be seen, one below the other
+        assert above["height"] > 20
+        assert above["y"] + above["height"] <= below["y"] + 1
     assert "0.06 / 5×10⁻⁶ nats" in rows.first.inner_text()
     assert page.locator(".plot .main-svg").count() >= 4
     assert page.locator(".plot .point").count() > 400
