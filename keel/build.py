@@ -34,6 +34,7 @@ from keel.engines.embedded.load import load_policy
 from keel.engines.process import EngineProcess
 from keel.envs.base import Env
 from keel.envs.load import EnvFactory, env_factory
+from keel.gap.consistency import Consistency
 from keel.learner.base import LearnerLike
 from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
@@ -83,6 +84,7 @@ class Parts:
     collector: Collector
     sources: Mapping[str, GroupSource]
     monitor: Monitor
+    consistency: Consistency
     loop: LoopThread
     device: torch.device
     frees_cache: bool = False  # whether the engine gives its keys and values back while the learner learns
@@ -166,7 +168,8 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
 @contextmanager
 def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> Iterator[Parts]:
     """The parts of `config` around the model of `model.path`, without a run directory; closed again in the end."""
-    chat = make_chat(config.chat, load_tokenizer(model.path, revision=model.revision))
+    tokenizer = load_tokenizer(model.path, revision=model.revision)
+    chat = make_chat(config.chat, tokenizer)
     with ExitStack() as stack:
         learner = make_learner(config, model)
         stack.callback(learner.close)
@@ -192,7 +195,8 @@ def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> It
             stack.callback(source.close)
         device = resolve_device(config.device)
         frees = frees_cache(config, device)
-        yield Parts(learner, engine, collector, sources, make_monitor(config.monitor), loop, device, frees)
+        monitor, consistency = make_monitor(config.monitor), Consistency(config.monitor, tokenizer.decode)
+        yield Parts(learner, engine, collector, sources, monitor, consistency, loop, device, frees)
 
 
 @contextmanager

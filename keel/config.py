@@ -15,6 +15,7 @@ from keel.config_base import Dtype as Dtype  # noqa: PLC0414 (re-exported, as ar
 from keel.config_base import Plugin as Plugin  # noqa: PLC0414
 from keel.config_base import Plugins as Plugins  # noqa: PLC0414
 from keel.config_base import Section as Section  # noqa: PLC0414
+from keel.config_monitor import MonitorConfig
 from keel.config_router import RouterConfig
 from keel.config_vllm import VllmConfig
 from keel.types import UserFault
@@ -190,16 +191,6 @@ class LogConfig(Section):
     live: Literal["auto", "on", "off"] = Field("auto", description="live terminal display; auto: when it is a terminal")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="extra metric sinks")
     project: str = Field("keel", description="project name given to trackers")
-
-
-class MonitorConfig(Section):
-    max_skips: int = Field(5, ge=1, description="updates skipped in a row (not finite) that end the run")
-    stall_timeout_s: float = Field(
-        600.0, ge=0, description="seconds without any progress after which all stacks are written to stalls/; 0: never"
-    )
-    min_signal_share: float = Field(
-        0.1, ge=0, le=1, description="share of groups carrying a signal below which the run warns; 0: never"
-    )
 
 
 class ReportConfig(Section):

@@ -94,8 +94,10 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
     parts.publish()
     watch.enter("record")
     write_records(run, config, stage, step, groups, batch, updates)
-    row = {**source.metrics, **mean_metrics(updates), **stats, **watch.figures()}
+    gap = parts.consistency.look(step, batch, updates)
+    row = {**source.metrics, **mean_metrics(updates), **gap.metrics, **stats, **watch.figures()}
     run.log_step(step, row, stage=stage.name)
+    run.log_worst_tokens(gap.rows(), step=step, stage=stage.name)
     for alarm in parts.monitor.watch(stage.name, step, row):
         run.log_alarm(alarm, step=step, stage=stage.name)
     return verdict

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from keel.config import MonitorConfig
+from keel.config_monitor import MonitorConfig
 from keel.monitor.signal import Metrics, Outcomes, likely_causes, percent
 from keel.types import Verdict
 

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -192,6 +192,11 @@ class RunLog:
         self._append(head, {})
         self._alarms[alarm.rule] += 1
         self._display.note(f"alarm {alarm.rule} ({alarm.severity}) at {stage} step {step}: {alarm.text}")
+
+    def log_worst_tokens(self, tokens: Sequence[Mapping[str, Any]], *, step: int, stage: str = "reinforcement") -> None:
+        """Append the row of a step's worst tokens (JSON values), if there are any; `step` was logged before."""
+        if tokens:
+            self._append({"kind": "worst_tokens", "stage": stage, "step": step, "tokens": list(tokens)}, {})
 
     @property
     def _train_step(self) -> int:
