@@ -200,7 +200,8 @@ def tiny_config(preset: Preset, *, vocab_size: int, **overrides: Any) -> Any:
     options = dict(PRESETS[preset])
     model_type = options.pop("model_type")
     default = AutoConfig.for_model(model_type)
-    unknown = sorted(set(overrides) - set(vars(default)) - set(default.attribute_map))
+    # Some fields (Qwen3-MoE's head_dim) are known to the model and not to its default configuration.
+    unknown = sorted(set(overrides) - set(vars(default)) - set(default.attribute_map) - set(options))
     if unknown:
         raise ValueError(f"{preset}: no field {', '.join(unknown)} in its configuration; fix the name of the override")
     return AutoConfig.for_model(model_type, **{**options, "vocab_size": vocab_size, **overrides})
