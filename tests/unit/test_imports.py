@@ -61,7 +61,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.algo": ({"keel.types", "keel.batch"}, {"torch"}),
     "keel.engines": (
         ANYWHERE | {"keel.config_vllm", "keel.models", "keel.ops", "keel.dist", "keel.sync"},
-        {"torch", "transformers", "safetensors", "numpy", "httpx2"},
+        {"torch", "transformers", "tokenizers", "safetensors", "numpy", "httpx2"},
     ),
     "keel.rollouts": (
         ANYWHERE | {"keel.chat", "keel.envs", "keel.rewards", "keel.engines.base"},
