@@ -22,7 +22,7 @@ import numpy as np
 from keel.gap.log import ENGINE, LEARNER, GapLog, GapLogError, LoggedSequence, numbers, whole_numbers
 
 KIND = "arrays"
-HOW = tuple((side, f"name it {side!r} in the arrays.") for side in (ENGINE, LEARNER))
+HOW = tuple((side, f"Name it {side!r} in the arrays.") for side in (ENGINE, LEARNER))
 ALIASES: dict[str, tuple[str, ...]] = {
     ENGINE: (ENGINE, "rollout_log_probs", "inference_logprobs", "generation_logprobs", "sampling_per_token_logps"),
     LEARNER: (

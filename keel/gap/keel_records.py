@@ -12,8 +12,8 @@ from keel.step_record import SequenceView, StepRecord, load_record
 
 KIND = "Keel step record"
 HOW = (
-    (LEARNER, "a step record of Keel has the learner's `logprobs` unless the step had no loss tokens."),
-    (ENGINE, "a step of demonstrations alone was drawn by nobody; take one of reinforcement."),
+    (LEARNER, "A step record of Keel has the learner's `logprobs` unless the step had no loss tokens."),
+    (ENGINE, "A step of demonstrations alone was drawn by nobody; take one of reinforcement."),
 )
 
 

@@ -108,9 +108,9 @@ def _comparable(log: GapLog) -> GapLog:
         if whole:
             notes = (*notes, f"{what} and are left out")
             continue
-        instead = ", or give --model DIR, which recomputes it from the tokens" if side == LEARNER else ""
+        instead = " Or give --model DIR: it is recomputed from the tokens." if side == LEARNER else ""
         raise GapLogError(
-            f"{lacking[0].where}: {what}, so there is nothing to compare; {log.how_to_record(side)}{instead}"
+            f"{lacking[0].where}: {what}, so there is nothing to compare. {log.how_to_record(side)}{instead}"
         )
     return replace(log, sequences=whole, notes=notes)
 

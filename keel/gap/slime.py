@@ -18,6 +18,7 @@ let through, and a file that needs more is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ HOW = (
     (
         LEARNER,
         (
-            "a rollout dump has the engine's side alone: record --save-debug-train-data (or --dump-details) and give "
+            "A rollout dump has the engine's side alone: record --save-debug-train-data (or --dump-details) and give "
             "those files; a train dump has `log_probs` where the trainer scored the batch, on the last pipeline stage."
         ),
     ),
@@ -90,16 +91,20 @@ def load_without_code(path: Path) -> Any:
     from numpy._core import multiarray
 
     numpy_types = [type(np.dtype(each)) for each in (*np.typecodes["AllInteger"], *np.typecodes["Float"], "?")]
-    makers = {name: getattr(multiarray, name) for name in ("_reconstruct", "scalar")}
-    named = [(maker, f"numpy.core.multiarray.{name}") for name, maker in makers.items()]  # as NumPy 1 called them
+    makers: dict[str, Any] = {name: getattr(multiarray, name) for name in ("_reconstruct", "scalar")}
+    older: list[Any] = [
+        (maker, f"numpy.core.multiarray.{name}") for name, maker in makers.items()
+    ]  # as NumPy 1 called them
     try:
-        with torch.serialization.safe_globals([*makers.values(), *named, np.ndarray, np.dtype, *numpy_types]):
+        with torch.serialization.safe_globals([*makers.values(), *older, np.ndarray, np.dtype, *numpy_types]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0][:300]
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise GapLogError(f"{path}: torn, or not a file of torch's") from error
         raise GapLogError(
-            f"{path}: is not read, for that would need code that the file names, or it is no file of torch's: {first}; "
-            "write it with plain values and tensors alone (objects in a sample's `metadata` are the usual cause)"
+            f"{path}: is not read, for that would run code that the file names ({named[1]}); write it anew with plain "
+            "values, arrays and tensors alone (objects in a sample's `metadata` are the usual cause)"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise GapLogError(f"{path}: torn, or not a file of torch's: {str(error)[:300]}") from error
