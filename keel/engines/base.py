@@ -101,7 +101,8 @@ class ScoreResult:
 class EngineCapabilities:
     """What the engine can do, so that a config asking for more is refused before the run.
 
-    `cache_bytes` is what its keys and values take while it samples, 0 if it does not tell.
+    `cache_bytes` is what its keys and values take while it samples, 0 if it does not tell. `weight_receivers` is how
+    many processes take part in a broadcast of weights.
     """
 
     name: str
@@ -114,6 +115,7 @@ class EngineCapabilities:
     deterministic: bool
     cache_bytes: int = 0
     returns_support: bool = False
+    weight_receivers: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,15 @@ class SyncError(Fault, RuntimeError):
     """Weights could not be moved, or did not fit where they were to go; the message names the tensors."""
 
 
+WeightKind = Literal["shared", "file", "gloo", "nccl"]
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSource:
     """Where new weights lie. `kind` "shared": the learner's own storage, nothing moves; "file": a directory of
-    safetensors at `location`."""
+    safetensors at `location`; "gloo", "nccl": a broadcast by the learner, `location` is a `channel.Address` as text."""
 
-    kind: Literal["shared", "file"]
+    kind: WeightKind
     location: str = ""
 
 
@@ -28,8 +31,8 @@ class WeightSender(Protocol):
 
 
 class WeightReceiver(Protocol):
-    """An engine, as far as publishing goes. `capabilities()` returns an object with `name`, `shares_weights` and
-    `weight_sources`."""
+    """An engine, as far as publishing goes. `capabilities()` returns an object with `name`, `shares_weights`,
+    `weight_sources` and `weight_receivers`."""
 
     def capabilities(self) -> Any: ...
 

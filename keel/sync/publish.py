@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from keel.sync.base import SyncError, WeightReceiver, WeightSender, WeightSource
+from keel.sync.base import SyncError, WeightKind, WeightReceiver, WeightSender, WeightSource
 from keel.sync.transports import is_full, transfer_places, weights_directory
+from keel.sync.vllm_worker.channel import Address, call_off
 
 Runner = Callable[[Coroutine[Any, Any, None]], None]
+BROADCASTS = ("nccl", "gloo")
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +25,16 @@ def publish(
     engine: WeightReceiver,
     version: int,
     *,
+    transport: str = "auto",
     directory: str | Path | None = None,
+    host: str = "127.0.0.1",
     run: Runner = asyncio.run,
 ) -> None:
     """Like `publish_async`, for a caller without an event loop.
 
     `run` runs the coroutine to its end; pass the collector's own runner if the engine lives on another thread's loop.
     """
-    run(publish_async(learner, engine, version, directory=directory))
+    run(publish_async(learner, engine, version, transport=transport, directory=directory, host=host))
 
 
 async def publish_async(
@@ -36,26 +42,45 @@ async def publish_async(
     engine: WeightReceiver,
     version: int,
     *,
+    transport: str = "auto",
     directory: str | Path | None = None,
+    host: str = "127.0.0.1",
 ) -> None:
     """Make `engine` sample from `learner`'s current weights, as policy version `version`.
 
     An engine that shares the learner's storage only gets the new number (and forgets its keys and values). Otherwise
-    the weights go through a directory: below `directory` if given, else in shared memory, else (none there, or full)
-    in the temporary directory; it is removed after the engine has read it.
+    the weights take the route that `choose_transport` finds. A file lies below `directory` if given, else in shared
+    memory, else (none there, or full) in the temporary directory; it is removed after the engine has read it. A
+    broadcast is sent from `host`.
 
     Raises SyncError if the engine takes no kind of source that can be offered, or if names, shapes or types differ.
     """
-    capabilities = engine.capabilities()
-    if capabilities.shares_weights:
+    kind = choose_transport(transport, engine.capabilities())
+    if kind == "shared":
         await engine.load_weights(WeightSource("shared"), version)
-        return
-    if "file" not in capabilities.weight_sources:
-        raise SyncError(
-            f"publish: engine {capabilities.name!r} takes weights from {list(capabilities.weight_sources)}; "
-            "the learner offers 'shared' (same storage) and 'file'"
-        )
-    await _publish_by_file(learner, engine, version, directory)
+    elif kind == "file":
+        await _publish_by_file(learner, engine, version, directory)
+    else:
+        await _publish_by_broadcast(learner, engine, version, kind, host)
+
+
+def choose_transport(transport: str, capabilities: Any) -> WeightKind:
+    """The route that the config's `sync.transport` means for an engine: what it shares needs none; "auto" is a file
+    where the engine takes one, else a broadcast.
+
+    Raises SyncError if the engine does not take what is asked for.
+    """
+    if capabilities.shares_weights:
+        return "shared"
+    taken = tuple(capabilities.weight_sources)
+    wanted = ("file", *BROADCASTS) if transport == "auto" else (transport,)
+    for kind in wanted:
+        if kind in taken:
+            return cast("WeightKind", kind)
+    raise SyncError(
+        f"publish: engine {capabilities.name!r} takes weights from {list(taken) or 'nowhere'}, and sync.transport = "
+        f"{transport!r} offers {list(wanted)}; set sync.transport to one that it takes, or choose another engine"
+    )
 
 
 async def _publish_by_file(
@@ -74,3 +99,29 @@ async def _publish_by_file(
                 continue
             await engine.load_weights(source, version)
             return
+
+
+async def _publish_by_broadcast(
+    learner: WeightSender, engine: WeightReceiver, version: int, kind: WeightKind, host: str
+) -> None:
+    """Both ends at once: the learner sends from a thread of its own while the engine receives.
+
+    If the engine fails before it joins, the learner is released; the engine's own words are what is raised.
+    """
+    address = Address(kind, host, _free_port(host), engine.capabilities().weight_receivers)
+    source = WeightSource(kind, address.as_text())
+    sending = asyncio.ensure_future(asyncio.to_thread(learner.weights_to, source))
+    try:
+        await engine.load_weights(source, version)
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):  # the sender has gone too
+            await asyncio.to_thread(call_off, address, str(error), 10.0)
+        await asyncio.gather(sending, return_exceptions=True)
+        raise
+    await sending
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

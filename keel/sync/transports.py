@@ -1,4 +1,5 @@
-"""Weights as a directory of safetensors: written whole or not at all, checked name by name before a byte is changed.
+"""Weights as a directory of safetensors, or as a broadcast: whole or not at all, checked name by name before a byte is
+changed.
 
 The names are those of `module.named_parameters()` on both ends (in-memory names, not those of a checkpoint, which may
 fuse or split tensors), so nothing is converted on the way and the bits arrive as they left.
@@ -14,16 +15,20 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from keel.sync.base import SyncError
+from keel.sync.vllm_worker import channel
 
 WEIGHTS_FILE = "weights.safetensors"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (only ever used through mkdtemp)
 NAMES_SHOWN = 8
+TIMEOUT_S = 300.0
+"""How long one end of a broadcast waits for the other."""
 _DTYPE_NAMES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,11 +43,14 @@ _DTYPE_NAMES = {
 }
 
 
-def write_weights(location: str | Path, tensors: Mapping[str, torch.Tensor], *, version: int | None = None) -> Path:
+def write_weights(
+    location: str | Path, tensors: Mapping[str, torch.Tensor], *, version: int | None = None, **header: Any
+) -> Path:
     """Write `tensors` to `location`/weights.safetensors and return that path.
 
-    The file appears by a rename, so a reader sees all of it or none. `version` is kept in the header. A tensor on
-    another device is copied to the host. Raises OSError if the place is full or not writable.
+    The file appears by a rename, so a reader sees all of it or none. `version` is kept in the header, and so are
+    further JSON values. A tensor on another device is copied to the host. Raises OSError if the place is full or not
+    writable.
     """
     directory = Path(location)
     directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +58,7 @@ def write_weights(location: str | Path, tensors: Mapping[str, torch.Tensor], *, 
     unfinished = directory / f".{WEIGHTS_FILE}.{os.getpid()}"
     host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(_unshared(host), str(unfinished), metadata={"version": json.dumps(version)})
+        save_file(_unshared(host), str(unfinished), metadata=_as_texts({**header, "version": version}))
         unfinished.replace(final)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -67,13 +75,53 @@ def read_weights(location: str | Path, into: Mapping[str, torch.Tensor]) -> int 
     if not path.is_file():
         raise SyncError(f"weights: no {WEIGHTS_FILE} in {location}; the learner must write it before the engine reads")
     with safe_open(str(path), framework="pt", device="cpu") as file:
-        _check_names(set(file.keys()), set(into), path)
-        _check_shapes(file, into, path)
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {
+            name: (_DTYPE_NAMES.get(str(header.get_dtype())), tuple(header.get_shape()))
+            for name, header in headers.items()
+        }
+        _check_fit(found, into, f"weights in {path}")
         with torch.no_grad():
             for name, target in into.items():
                 target.copy_(file.get_tensor(name))
         version = json.loads((file.metadata() or {}).get("version", "null"))
     return None if version is None else int(version)
+
+
+def send_weights(
+    location: str, tensors: Mapping[str, torch.Tensor], *, version: int, timeout_s: float, **header: Any
+) -> None:
+    """Broadcast `tensors` from this process to those who receive at `location` (a `channel.Address` as text).
+
+    Raises SyncError if a receiver refuses them, or is not there or lost after `timeout_s`.
+    """
+    address = channel.Address.from_text(location)
+    try:
+        channel.send(address, tensors, {**header, "version": version}, timeout_s)
+    except RuntimeError as error:  # torch's own for a store or a group that fails, and a refusal
+        raise SyncError(f"weights by {address.backend}: {error}") from error
+
+
+def receive_weights(
+    location: str, into: Mapping[str, torch.Tensor], *, timeout_s: float, rank: int = 1
+) -> dict[str, torch.Tensor]:
+    """What is broadcast at `location`, for the tensors of `into`: received whole, nothing of `into` changed yet.
+
+    Raises SyncError, naming the tensors, if they do not fit (the sender is told), or if the sender is lost.
+    """
+    address = channel.Address.from_text(location)
+    try:
+        receiver = channel.Receiver(address, rank, timeout_s)
+        try:
+            _check_fit(receiver.tensors, into, f"weights by {address.backend}")
+        except SyncError as error:
+            receiver.refuse(str(error))
+            raise
+        return receiver.receive()
+    except RuntimeError as error:
+        if isinstance(error, SyncError):
+            raise
+        raise SyncError(f"weights by {address.backend}: {error}") from error
 
 
 @contextmanager
@@ -111,25 +159,29 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _check_names(found: set[str], wanted: set[str], path: Path) -> None:
+def _as_texts(header: Mapping[str, Any]) -> dict[str, str]:
+    """safetensors keeps texts only."""
+    return {name: json.dumps(value) for name, value in header.items() if value is not None or name == "version"}
+
+
+def _check_fit(
+    found: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]], into: Mapping[str, torch.Tensor], what: str
+) -> None:
+    """Raise SyncError, naming the tensors, unless `found` has the names, types and shapes of `into`."""
     problems = []
-    if missing := sorted(wanted - found):
+    if missing := sorted(set(into) - set(found)):
         problems.append(f"missing: {_listed(missing)}")
-    if unexpected := sorted(found - wanted):
+    if unexpected := sorted(set(found) - set(into)):
         problems.append(f"unexpected: {_listed(unexpected)}")
+    wrong = [
+        f"{name} is {found[name][0]} {list(found[name][1])}, the engine's is {target.dtype} {list(target.shape)}"
+        for name, target in into.items()
+        if name in found and found[name] != (target.dtype, tuple(target.shape))
+    ]
+    if wrong:
+        problems.append(_listed(wrong))
     if problems:
-        raise SyncError(f"weights in {path}: {'; '.join(problems)}. Learner and engine must hold the same model")
-
-
-def _check_shapes(file: safe_open, into: Mapping[str, torch.Tensor], path: Path) -> None:
-    problems = []
-    for name, target in into.items():
-        header = file.get_slice(name)  # type: ignore[no-untyped-call]
-        shape, dtype = tuple(header.get_shape()), _DTYPE_NAMES.get(str(header.get_dtype()))
-        if shape != tuple(target.shape) or dtype != target.dtype:
-            problems.append(f"{name} is {dtype} {list(shape)}, the engine's is {target.dtype} {list(target.shape)}")
-    if problems:
-        raise SyncError(f"weights in {path}: {_listed(problems)}. Learner and engine must hold the same model")
+        raise SyncError(f"{what}: {'; '.join(problems)}. Learner and engine must hold the same model")
 
 
 def _listed(names: list[str]) -> str:

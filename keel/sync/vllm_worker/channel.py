@@ -15,7 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MANIFEST, DONE = "manifest", "done"
+MANIFEST, ANSWER, READY, DONE = "manifest", "answer", "ready", "done"
+
+
+class TransferError(RuntimeError):
+    """A transfer that was refused before anything was sent."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +43,34 @@ class Address:
 def send(address: Address, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], timeout_s: float) -> None:
     """Broadcast `tensors` to `address.num_receivers` receivers, `header` (JSON values) with them.
 
-    Returns when all have said that they have them. Raises RuntimeError if one is missing or lost after `timeout_s`.
+    Returns when all have said that they have them. Raises TransferError if one refuses (nothing was sent then), and
+    RuntimeError if one is missing or lost after `timeout_s`.
     """
     store = _store(address, timeout_s, master=True)
     items = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
     store.set(MANIFEST, json.dumps({"tensors": items, "header": dict(header)}))
+    ranks = range(1, address.num_receivers + 1)
+    # One after the other, so that a refusal by any is seen while others are still on their way.
+    for rank in ranks:
+        answer = store.get(f"{ANSWER}/{rank}").decode()
+        if answer != READY:
+            raise TransferError(answer)
     group = _group(address, store, 0, timeout_s)
     device = _device(address)
     for tensor in tensors.values():
         _broadcast(group, tensor.detach().to(device).contiguous())
-    store.wait([f"{DONE}/{rank}" for rank in range(1, address.num_receivers + 1)], timedelta(seconds=timeout_s))
+    store.wait([f"{DONE}/{rank}" for rank in ranks], timedelta(seconds=timeout_s))
+
+
+def call_off(address: Address, reason: str, timeout_s: float) -> None:
+    """Answer in the receivers' place that nobody will receive, so that the sender need not wait for them."""
+    store = _store(address, timeout_s, master=False)
+    for rank in range(1, address.num_receivers + 1):
+        store.set(f"{ANSWER}/{rank}", f"called off: {reason}")
 
 
 class Receiver:
-    """One end of a transfer: read the manifest, check it, then receive."""
+    """One end of a transfer: read the manifest, check it, then receive or refuse."""
 
     def __init__(self, address: Address, rank: int, timeout_s: float) -> None:
         """`rank` counts receivers from 1. Raises RuntimeError if the sender is not there within `timeout_s`."""
@@ -64,8 +82,13 @@ class Receiver:
             name: (getattr(torch, dtype), tuple(shape)) for name, dtype, shape in manifest["tensors"]
         }
 
+    def refuse(self, reason: str) -> None:
+        """Say that these tensors are not wanted: the sender stops before it sends anything."""
+        self._store.set(f"{ANSWER}/{self._rank}", f"refused: {reason}")
+
     def receive(self, *, into_host: bool = True) -> dict[str, torch.Tensor]:
         """Everything, in memory of its own: a sender that dies on the way leaves the model as it was."""
+        self._store.set(f"{ANSWER}/{self._rank}", READY)
         group = _group(self._address, self._store, self._rank, self._timeout_s)
         device = _device(self._address)
         result = {}

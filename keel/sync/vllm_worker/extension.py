@@ -80,7 +80,11 @@ class WorkerExtension:
 
         def load() -> dict[str, Any]:
             own = Receiver(Address.from_text(address), self.vllm_config.parallel_config.rank + 1, TIMEOUT_S)
-            refuse_misfits(self, own.tensors, own.header)
+            try:
+                refuse_misfits(self, own.tensors, own.header)
+            except WeightsRefusedError as error:
+                own.refuse(str(error))
+                raise
             tensors = own.receive()
             return _write(self, own.tensors, own.header, tensors.__getitem__)
 

@@ -31,6 +31,10 @@ def install(model: nn.Module, plan: Plan, names: set[str], fetch: Fetch) -> int:
         tensors = {name: fetch(name) for name in targets}
         for kind in dict.fromkeys(target.kind for target in targets.values()):
             _WRITERS[kind](module, {name: t for name, t in targets.items() if t.kind == kind}, tensors)
+        if _on_cpu():
+            for follower in plan.tied.get(path, ()):  # the same storage, of which it has a packed copy of its own
+                head: Any = model.get_submodule(follower)
+                head.quant_method.process_weights_after_loading(head)
         written += len(tensors)
     return written
 

@@ -51,10 +51,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """`targets` by the learner's names; every parameter of the vLLM model is covered by them."""
+    """`targets` by the learner's names; every parameter of the vLLM model is covered by them.
+
+    `tied` has, by the path of an embedding, the modules that hold the very same weight under another path (a head).
+    """
 
     targets: Mapping[str, Target]
     dtype: torch.dtype
+    tied: Mapping[str, tuple[str, ...]]
 
     def modules(self, names: set[str]) -> dict[str, dict[str, Target]]:
         """The targets of each module that one of `names` goes to, all of them: a fused module is written whole."""
@@ -92,7 +96,15 @@ def make_plan(model: nn.Module, vllm_config: Any) -> Plan:
     renamed = _RENAMED.get(config.model_type, ())
     targets: dict[str, Target] = {}
     covered: set[str] = set()
+    tied: dict[str, tuple[str, ...]] = {}
+    owners: dict[int, str] = {}
     for path, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding):
+            owner = owners.setdefault(id(module.weight), path)
+            if owner != path:
+                tied[owner] = (*tied.get(owner, ()), path)
+                covered.add(f"{path}.weight")
+                continue
         found = _targets_of(path, module, config, parallel.tensor_parallel_size)
         for name, target in found.items():
             for theirs, ours in renamed:
@@ -105,7 +117,7 @@ def make_plan(model: nn.Module, vllm_config: Any) -> Plan:
             f"{config.model_type}: Keel does not know how to write {listed(uncovered)} of vLLM's model; "
             "sample with engine.id = 'embedded'"
         )
-    return Plan(targets, model_config.dtype)
+    return Plan(targets, model_config.dtype, tied)
 
 
 def refuse_unwritable(vllm_config: Any) -> None:
