@@ -26,7 +26,7 @@ from keel.models.adapter_files import AdapterError
 from keel.models.lora import base_fingerprint
 from keel.models.policy import PolicyModel
 from keel.sync.base import WeightSource
-from keel.sync.transports import write_weights
+from keel.sync.transports import TIMEOUT_S, send_weights, write_weights
 from keel.types import Verdict
 
 
@@ -35,6 +35,7 @@ class Learner:
 
         learner.enter(stage)
         batch = learner.score(batch)
+from keel.models.adapter_layout import adapter_layout
         update = learner.backward(batch)
         stats = learner.apply(update, verdict)
 
@@ -214,12 +215,18 @@ class Learner:
         }
 
     def weights_to(self, source: WeightSource) -> None:
-        """Leave the current weights at `source`; "shared" needs nothing. Every rank must call it."""
+        """Leave the current weights at `source`, or send them from there; "shared" needs nothing.
+
+        Of an adapter only the factors go, with a note of what they are factors of. Every rank must call it.
+        """
         if source.kind == "shared":
             return
         weights = self._whole_weights()
-        if self.ranks.first:
-            write_weights(source.location, weights, version=self.version)
+        adapter = None if self.policy.adapter is None else adapter_layout(self.policy.model)
+        if self.ranks.first and source.kind == "file":
+            write_weights(source.location, weights, version=self.version, adapter=adapter)
+        elif self.ranks.first:
+            send_weights(source.location, weights, version=self.version, timeout_s=TIMEOUT_S, adapter=adapter)
         self.ranks.barrier()
 
     def export(self, path: str | Path) -> None:

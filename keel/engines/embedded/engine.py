@@ -30,7 +30,9 @@ from keel.engines.embedded.sampling import draw, seed_state, uniforms
 from keel.engines.embedded.scheduler import Scheduler
 from keel.engines.embedded.scoring import Scorer
 from keel.engines.embedded.slots import Job, SlotTable
-from keel.sync.transports import read_weights
+from keel.ops.attention.exact import KEY_BLOCK
+from keel.ops.numerics import TILE_ROWS
+from keel.sync.transports import TIMEOUT_S, read_weights, receive_weights
 from keel.types import FinishReason
 
 if TYPE_CHECKING:
@@ -166,7 +168,12 @@ class EmbeddedEngine:
                 f"({'it shares' if self.shares_weights else 'it does not share'} the learner's storage)"
             )
         if source.kind == "file":
-            read_weights(source.location, self.policy.trained_parameters())
+            read_weights(source.location, own)
+        elif source.kind == "gloo":
+            received = await asyncio.to_thread(receive_weights, source.location, own, timeout_s=TIMEOUT_S)
+            with torch.no_grad():
+                for name, target in own.items():
+                    target.copy_(received[name])
         for job in self._scheduler.jobs():
             keep_routes(job, self._table, self._cache)
             if job.slot >= 0:
@@ -204,7 +211,7 @@ class EmbeddedEngine:
             returns_routes=self._cache.routes is not None,
             keeps_prefix=True,
             shares_weights=self.shares_weights,
-            weight_sources=("shared",) if self.shares_weights else ("file",),
+            weight_sources=("shared",) if self.shares_weights else ("file", "gloo"),
             deterministic=True,
             cache_bytes=self._cache.num_bytes,
             returns_support=True,
