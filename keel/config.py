@@ -18,6 +18,7 @@ from keel.config_base import Section as Section  # noqa: PLC0414
 from keel.config_monitor import MonitorConfig
 from keel.config_router import RouterConfig
 from keel.config_vllm import VllmConfig
+from keel.distortion import Distortion
 from keel.types import UserFault
 
 
@@ -98,6 +99,9 @@ class EngineConfig(Section):
         "auto", description="give keys and values back while the learner learns; auto: on CUDA, with max_staleness = 0"
     )
     vllm: VllmConfig = Field(default_factory=VllmConfig, description="the server of engine.id = 'vllm'")
+    distortions: tuple[Distortion, ...] = Field(
+        (), description="faults planted in the engine on purpose (docs/faults.md); never in a run that is to be trusted"
+    )
 
 
 class KLConfig(Section):
@@ -152,6 +156,9 @@ class LearnerConfig(Section):
         "refuse",
         description="top-p or top-k by an engine that does not say what was left to choose from: refuse, or make the "
         "cut again in the learner, with the drawn token always inside",
+    )
+    distortions: tuple[Distortion, ...] = Field(
+        (), description="faults planted in the learner on purpose (docs/faults.md); likewise"
     )
 
 
@@ -374,6 +381,12 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         ("device", "learner.ranks"),
         "several learner ranks on one named card",
         'set device = "cuda": rank r takes card r',
+    )
+    refuse(
+        bool(config.learner.distortions) and config.learner.ranks > 1,
+        ("learner.distortions", "learner.ranks"),
+        "faults are planted in the modules of one process",
+        "set learner.ranks = 1",
     )
     refuse(
         0 < rollout.max_staleness < algo.updates_per_batch,

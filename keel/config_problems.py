@@ -57,6 +57,10 @@ def problems_of(error: ValidationError, where: Where) -> list[Problem]:
                 )
                 for conflict in cause.conflicts
             ]
+        elif isinstance(cause, UserFault):  # a value that checks itself says what is wrong with it
+            option = ".".join(part for part in path if not part.isdigit())
+            what = f"{option} has a value it does not take"
+            found.append(Problem(where(path), what, shown(detail["input"]), str(cause)))
         elif detail["type"] == "extra_forbidden":
             found.append(_unknown(path, detail["input"], where))
         else:

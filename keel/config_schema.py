@@ -14,6 +14,7 @@ import tomlkit
 from pydantic.fields import FieldInfo
 
 from keel.config import Plugin, Section, TrainConfig
+from keel.distortion import Distortion
 
 Path = tuple[str, ...]
 
@@ -97,7 +98,8 @@ def needs(field: FieldInfo) -> str:
 
 def type_words(kind: Any) -> str:
     """A type in plain words."""
-    simple = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    simple: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    simple[Distortion] = "a table { cause = ..., strength = ..., seed = ..., group = ..., layer = ... }"
     if kind in simple:
         return simple[kind]
     origin = get_origin(kind)
@@ -122,6 +124,8 @@ def toml_value(value: Any) -> str:
         raise ValueError("TOML has no null; leave the option out instead")
     if isinstance(value, Plugin):
         return toml_value(value.model_dump())
+    if isinstance(value, Distortion):
+        return toml_value({name: part for name, part in value.to_json().items() if part is not None})
     if isinstance(value, Mapping):
         pairs = [f"{tomlkit.key([str(key)]).as_string()} = {toml_value(inner)}" for key, inner in value.items()]
         return "{ " + ", ".join(pairs) + " }" if pairs else "{}"

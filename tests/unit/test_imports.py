@@ -39,7 +39,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.files": (set(), set()),
     "keel.causes": (set(), set()),
     "keel.distortion": ({"keel.types", "keel.causes"}, set()),
-    "keel.config": (CONFIG_FILES, {"pydantic"}),
+    "keel.config": (CONFIG_FILES | {"keel.distortion"}, {"pydantic"}),
     "keel.ops": (set(), {"torch"}),
     "keel.chat": (ANYWHERE, {"tokenizers", "transformers", "jinja2"}),
     "keel.envs": (ANYWHERE | {"keel.chat.base", "keel.rewards"}, {"pydantic", "reasoning_gym", "pyarrow"}),
@@ -79,7 +79,7 @@ FLOOR_FOUR |= {"keel.given", "keel.sources", "keel.api"}
 FLOOR_FOUR |= {"keel.export", "keel.export_card", "keel.export_push"}
 FLOOR_FOUR |= {"keel.gap"}
 for _name in CONFIG_FILES - {"keel.config", "keel.types", "keel.plugins"}:
-    MAY_ENTER[_name] = (CONFIG_FILES, {"pydantic", "tomlkit"})
+    MAY_ENTER[_name] = (CONFIG_FILES | {"keel.distortion"}, {"pydantic", "tomlkit"})
 for _name in FLOOR_FOUR:
     MAY_ENTER[_name] = (set(MAY_ENTER) - {"keel"} | FLOOR_FOUR, {"torch", "transformers", "numpy"})
 COMMANDS = {"keel.cli"}
