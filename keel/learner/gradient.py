@@ -12,13 +12,15 @@ from keel.algo import kl
 from keel.algo.apply import correction_inputs
 from keel.algo.correction.base import BoundCorrection, compose, is_token_local
 from keel.algo.diagnostics import correction_summary, correction_sums
+from keel.algo.load_balance import Balance, expert_counts, load_balancing_loss
 from keel.algo.losses import LossInputs
 from keel.algo.reduce import masked_sum, reduce_loss
 from keel.batch import MicroBatch
 from keel.config import AlgoConfig, Plugin
-from keel.learner.mismatch import add_mismatch, mismatch_metrics
+from keel.learner.mismatch import add_mismatch, add_replay, add_support, mismatch_metrics, replay_metrics
+from keel.learner.replay import ReplayingPolicy
 from keel.learner.stats import Stats, ratio_deviation
-from keel.models.policy import PolicyModel, TokenOutputs
+from keel.models.policy import TokenOutputs
 
 
 class Objective:
@@ -44,41 +46,52 @@ class Objective:
 
     def backward(
         self,
-        policy: PolicyModel,
+        policy: ReplayingPolicy,
         micro_batch: MicroBatch,
         denominator: float,
         stats: Stats,
         *,
         scale: float,
         recompute: bool,
+        balance: Balance | None = None,
+        idle: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Add the micro-batch's gradient to the parameters' and its sums to `stats`; returns `Update.streams` of it.
 
         The loss is over the whole update's `denominator`; the gradient is that of `scale` times it, because averaging
-        over ranks divides by their number. With `recompute` an independent pass without gradient is compared.
+        over ranks divides by their number. With `recompute` an independent pass without gradient is compared. `balance`
+        adds the load-balancing loss. An `idle` micro-batch only keeps the ranks in step: nothing of it counts.
         """
-        with_routes = micro_batch.routed_experts is not None
-        outputs: TokenOutputs = policy(
+        outputs = policy(
             micro_batch,
-            with_routes=with_routes,
-            with_margins=with_routes,
+            with_routes=policy.has_routes,
+            with_margins=policy.has_routes,
+            with_router_logits=balance is not None,
             entropy_grad=self.algo.entropy_coefficient > 0,
         )
         detached = outputs.logprobs.detach()
         old = self._old(micro_batch, detached)
         weights = self._weights(micro_batch, old, stats)
         loss = self._reduced(micro_batch, outputs, old, weights, denominator, stats)
+        if balance is not None and outputs.router_logits is not None:
+            unbalanced = load_balancing_loss(outputs.router_logits, balance) * (not idle)
+            stats.add_total("router/aux_loss", unbalanced)
+            loss = loss + balance.coefficient * unbalanced
         (loss * scale).backward()
         mask = micro_batch.loss_mask
         stats.add_total("loss", loss)
         if outputs.entropy is not None:
             stats.add("entropy", outputs.entropy, mask)
         stats.peak("ratio_max_dev", ratio_deviation(detached, old), mask)
-        add_mismatch(stats, micro_batch, old, outputs.routes, outputs.route_margins)
+        add_mismatch(stats, micro_batch, old, outputs)
+        if outputs.routes is not None:
+            add_replay(stats, micro_batch, policy.routes_of(micro_batch), idle=idle)
+            stats.add_load(expert_counts(outputs.routes, policy.policy.info.num_experts) * (not idle))
         if recompute:
             with torch.no_grad():
-                again = policy(micro_batch, with_entropy=False).logprobs
-            stats.peak("recompute_max_dev", ratio_deviation(detached, again), mask)
+                again = policy(micro_batch, with_entropy=False, with_support_check=True)
+            stats.peak("recompute_max_dev", ratio_deviation(detached, again.logprobs), mask)
+            add_support(stats, micro_batch, again.support_differs)
         streams = {"logprobs": detached}
         if outputs.entropy is not None:
             streams["entropy"] = outputs.entropy.detach()
@@ -199,4 +212,6 @@ def update_metrics(
     weighed = {name.removeprefix("corrected/"): total for name, total in sums.items() if name.startswith("corrected/")}
     if weighed:
         metrics |= correction_summary(weighed)
-    return {**metrics, **mismatch_metrics(sums, maxima)}
+    if "router/aux_loss" in sums:
+        metrics["router/aux_loss"] = sums["router/aux_loss"]
+    return {**metrics, **mismatch_metrics(sums, maxima), **replay_metrics(sums)}

@@ -23,7 +23,7 @@ from keel.learner.rank import CLOSE, Answer, Call, RankSpec, receive, run_rank, 
 from keel.sync.base import WeightSource
 from keel.types import Verdict
 
-SCORED_STREAMS = ("old_logprobs", "ref_logprobs")
+SCORED_STREAMS = ("old_logprobs", "ref_logprobs", "replayed_routes", "support_ids", "support_offsets")
 CLOSE_TIMEOUT_S = 10.0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from keel.algo.load_balance import Balance, expert_counts, load_metrics
 from keel.batch import MicroBatch, PackedBatch
 from keel.config import LearnerConfig, ModelConfig, Stage
 from keel.dist.ranks import Ranks
@@ -21,8 +23,19 @@ from keel.learner.base import LearnerError, Update
 from keel.learner.gradient import Objective, update_metrics
 from keel.learner.optim import MasterAdamW, learning_rate
 from keel.learner.randomness import seed_random_states
+from keel.learner.replay import (
+    ReplayingPolicy,
+    chosen_counts,
+    lacks_support,
+    old_streams,
+    own_support_streams,
+    reference_streams,
+    refuse_without_support,
+    sum_of,
+)
 from keel.learner.stats import Stats
 from keel.models.adapter_files import AdapterError
+from keel.models.adapter_layout import adapter_layout
 from keel.models.lora import base_fingerprint
 from keel.models.policy import PolicyModel
 from keel.sync.base import WeightSource
@@ -35,7 +48,6 @@ class Learner:
 
         learner.enter(stage)
         batch = learner.score(batch)
-from keel.models.adapter_layout import adapter_layout
         update = learner.backward(batch)
         stats = learner.apply(update, verdict)
 
@@ -58,6 +70,7 @@ from keel.models.adapter_layout import adapter_layout
         seed_random_states(seed)
         self.config = model
         self.recompute_every = learner.recompute_every
+        self.missing_support = learner.missing_support
         self.device = torch.device(device)
         self.ranks = Ranks() if ranks is None else ranks
         self.policy = PolicyModel.load(
@@ -71,6 +84,7 @@ from keel.models.adapter_layout import adapter_layout
             revision=model.revision,
             device=self.device,
             lora=model.lora,
+            router=model.router,
         )
         if self.policy.adapter is not None and model.lora.rank == 0:
             raise AdapterError(
@@ -78,6 +92,8 @@ from keel.models.adapter_layout import adapter_layout
                 "model.lora.rank is 0; set it to that rank to train the adapter on, or export the run it is from "
                 "with --merged and start from that"
             )
+        self.acting = ReplayingPolicy(self.policy, learner.replay_routes)
+        """`policy` as every pass of the learner runs it."""
         self.base = base_fingerprint(self.policy.model) if self.policy.adapter is not None else ""
         """Of the weights that an adapter is on, which are in no checkpoint; "" without one."""
         if self.ranks.mesh is not None:
@@ -133,16 +149,22 @@ from keel.models.adapter_layout import adapter_layout
             self.reference = {name: self._local(p).clone() for name, p in self.parameters().items()}
 
     def score(self, batch: PackedBatch) -> PackedBatch:
-        """Fill `old_logprobs` and `ref_logprobs`, each only if the stage's algorithm needs it.
+        """Fill `old_logprobs` (and with it `replayed_routes`) and `ref_logprobs`, each only if the stage's algorithm
+        needs it, and supports that the engine did not tell, if the learner may.
 
-        With several ranks only this rank's micro-batches are filled. Raises LearnerError before `enter`.
+        With several ranks only this rank's micro-batches are filled. Raises LearnerError before `enter`, and for tokens
+        drawn from a cut distribution of which nothing is known.
         """
         objective = self._entered()
+        if any(map(lacks_support, batch.micro_batches)):
+            if self.missing_support == "refuse":
+                refuse_without_support(batch.micro_batches)
+            batch = self._scored(batch, functools.partial(own_support_streams, self.acting))
         if objective.needs_old_logprobs:
-            batch = self._scored(batch, "old_logprobs")
+            batch = self._scored(batch, functools.partial(old_streams, self.acting))
         if objective.needs_reference:
             with self._reference_weights():
-                batch = self._scored(batch, "ref_logprobs")
+                batch = self._scored(batch, functools.partial(reference_streams, self.acting))
         return batch
 
     def backward(self, batch: PackedBatch, update_index: int = 0) -> Update:
@@ -159,17 +181,29 @@ from keel.models.adapter_layout import adapter_layout
         self.optimizer.zero()
         stats, streams = Stats(), dict[int, dict[str, torch.Tensor]]()
         checked = self.recompute_every > 0 and self.step % self.recompute_every == 0
+        self.acting.require(micro_batches)
+        refuse_without_support(micro_batches)
         if num_tokens > 0:
             own = self.ranks.deal(len(micro_batches))
+            balance = self._balance(micro_batches)
             for index, micro_batch in zip(own, self._share(micro_batches), strict=True):
                 computed = objective.backward(
-                    self.policy, micro_batch, denominator, stats, scale=self.ranks.world_size, recompute=checked
+                    self.acting,
+                    micro_batch,
+                    denominator,
+                    stats,
+                    scale=self.ranks.world_size,
+                    recompute=checked,
+                    balance=balance,
+                    idle=index is None,
                 )
                 self.optimizer.accumulate()
                 if index is not None:
                     streams[batch.update_bounds[update_index] + index] = computed
         grad_norm = self.optimizer.finish() if num_tokens > 0 else 0.0
         metrics = update_metrics(*stats.collect(self.ranks), num_tokens, recompute=checked)
+        if stats.load is not None:
+            metrics |= load_metrics(self.ranks.sum(stats.load).cpu())
         staleness = self._staleness(micro_batches)
         return Update(
             serial=self._serial,
@@ -273,7 +307,30 @@ from keel.models.adapter_layout import adapter_layout
             self.micro_batches += 1
             yield (_idle(micro_batches) if index is None else micro_batches[index]).to(self.device)
 
-    def _scored(self, batch: PackedBatch, stream: str) -> PackedBatch:
+    def _balance(self, micro_batches: tuple[MicroBatch, ...]) -> Balance | None:
+        """What the load-balancing loss needs to know of the whole update; None without that loss.
+
+        Choices that are all known are counted as they lie in the batch, which every rank has. Otherwise a pass without
+        gradient finds out, before the one with.
+        """
+        coefficient, info = self.config.router.aux_loss_coefficient, self.policy.info
+        if coefficient == 0 or info.num_moe_layers == 0:
+            return None
+        known = [self.acting.routes_of(micro_batch) for micro_batch in micro_batches]
+        if all(routes is not None and bool((routes >= 0).all()) for routes in known):
+            counts = sum_of(expert_counts(routes, info.num_experts) for routes in known if routes is not None)
+        else:
+            own = zip(self.ranks.deal(len(micro_batches)), self._share(micro_batches), strict=True)
+            counts = self.ranks.sum(
+                sum_of(chosen_counts(self.acting, micro_batch) * (index is not None) for index, micro_batch in own)
+            )
+        num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+        return Balance(coefficient, counts.to(self.device) / max(num_tokens, 1), num_tokens)
+
+    def _scored(
+        self, batch: PackedBatch, streams_of: Callable[[MicroBatch], Mapping[str, torch.Tensor]]
+    ) -> PackedBatch:
+        """The batch with what a pass without gradient makes of each micro-batch of this rank."""
         scored = list(batch.micro_batches)
         for update in range(batch.num_updates):
             # Dealt update by update, as training deals them.
@@ -281,10 +338,11 @@ from keel.models.adapter_layout import adapter_layout
             own = batch.update(update)
             for index, micro_batch in zip(self.ranks.deal(len(own)), self._share(own), strict=True):
                 with torch.no_grad():
-                    logprobs = self.policy(micro_batch, with_entropy=False).logprobs
+                    streams = streams_of(micro_batch)
                 if index is not None:
                     target = scored[start + index]
-                    scored[start + index] = replace(target, **{stream: logprobs.to(target.input_ids.device)})
+                    found: dict[str, Any] = {name: s.to(target.input_ids.device) for name, s in streams.items()}
+                    scored[start + index] = replace(target, **found)
         return batch.with_micro_batches(scored)
 
     @contextmanager

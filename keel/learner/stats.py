@@ -16,6 +16,7 @@ class Stats:
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+    load: torch.Tensor | None = None  # [L, E] how many tokens chose each expert
 
     def add(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         """Add `values [T]` where `mask [T]`."""
@@ -25,6 +26,10 @@ class Stats:
         """Add a scalar."""
         total = total.detach().double()
         self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def add_load(self, counts: torch.Tensor) -> None:
+        """Add `counts [L, E]`."""
+        self.load = counts if self.load is None else self.load + counts
 
     def peak(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         """Largest of non-negative `values [T]` where `mask [T]`; a NaN is infinite, for a maximum must not lose it."""

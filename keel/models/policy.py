@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,20 @@ from keel.models.adapter_files import AdapterError, base_model
 from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
 from keel.models.lora import Adapter, LoraOptions, merge_adapter, put_on_adapter, save_adapter
+from keel.models.own_support import own_support, support_differs
 from keel.models.padding import pad_micro_batch
 from keel.models.progress import no_progress_bars
-from keel.models.router import RouteRecorder, checkpoint_contexts, record_routes, replace_routers, replay_for_rows
+from keel.models.router import (
+    RouteRecorder,
+    RouterOptions,
+    checkpoint_contexts,
+    record_routes,
+    replace_routers,
+    replay_for_rows,
+    set_up_routers,
+)
 from keel.ops.logprobs import DEFAULT_CHUNK_TOKENS, head_logits, linear_logprobs
+from keel.ops.support import TokenSupport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,8 +58,12 @@ class TokenOutputs:
     logprobs: torch.Tensor  # [T] float32, under softmax(logits / temperature)
     entropy: torch.Tensor | None  # [T] float32 nats, of the same distribution; detached unless asked
     values: torch.Tensor | None = None  # [T] float32, of a critic
-    routes: torch.Tensor | None = None  # [T, moe layers, k] int32
+    routes: torch.Tensor | None = None  # [T, moe layers, k] int32, the experts that ran
+    own_routes: torch.Tensor | None = None  # likewise, what the routers would have chosen; see RouteRecorder
     route_margins: torch.Tensor | None = None  # [T, moe layers] float32, see RouteRecorder.margins
+    router_logits: torch.Tensor | None = None  # [T, moe layers, E], with gradient
+    own_support: TokenSupport | None = None  # of T labels; see `keel.models.own_support`
+    support_differs: torch.Tensor | None = None  # [T] bool, the model's own cut would have left something else
 
 
 class PolicyModel(nn.Module):
@@ -96,6 +110,7 @@ class PolicyModel(nn.Module):
         revision: str = "",
         device: torch.device | str | None = None,
         lora: LoraOptions | None = None,
+        router: RouterOptions | None = None,
     ) -> PolicyModel:
         """Load a Hugging Face directory or hub id; the keywords are those of the config's `model` section.
 
@@ -136,6 +151,8 @@ class PolicyModel(nn.Module):
         if experts == keel_experts.IMPLEMENTATION:
             keel_experts.check(model)
         policy.adapter = put_on_adapter(model, path, lora, revision)
+        if router is not None:
+            set_up_routers(policy.routers, router, policy.info.num_moe_layers)
         return policy
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -173,11 +190,18 @@ class PolicyModel(nn.Module):
         with_entropy: bool = True,
         with_routes: bool = False,
         with_margins: bool = False,
+        with_router_logits: bool = False,
+        with_own_support: bool = False,
+        with_support_check: bool = False,
         entropy_grad: bool = False,
     ) -> TokenOutputs:
-        """Log-probs of `micro_batch.labels` under softmax(logits / temperature), sequences kept apart.
+        """Log-probs of `micro_batch.labels` under softmax(logits / temperature), sequences kept apart; where top-p or
+        top-k cut, over what the micro-batch says was left.
 
-        `with_routes` returns each token's experts, `with_margins` also how near a tie the choice was. Gradients flow
+        `with_routes` returns each token's experts, `with_margins` also how near a tie the choice was,
+        `with_router_logits` what it was made of. `with_own_support` returns every label's support, one of the model's
+        own making where the micro-batch has none for a cut one; `with_support_check` compares those it has with the
+        model's own cut, without gradient. Gradients flow
         through the entropy only if `entropy_grad`. A dense model has no routes (None). Raises ValueError if routes are
         wanted of a model whose routers are not declared, if the attention implementation cannot keep packed sequences
         apart, or if a temperature is not positive.
@@ -191,7 +215,11 @@ class PolicyModel(nn.Module):
         hidden, recorder = self._hidden(
             rows.input_ids,
             rows.positions,
-            self._recorder(with_routes or with_margins, with_margins=with_margins),
+            self._recorder(
+                with_routes or with_margins or with_router_logits,
+                with_margins=with_margins,
+                with_logits=with_router_logits,
+            ),
             cu_seq_lens_q=rows.cu_seqlens,
             cu_seq_lens_k=rows.cu_seqlens,
             max_length_q=micro_batch.max_seqlen,
@@ -209,11 +237,21 @@ class PolicyModel(nn.Module):
             entropy_grad=entropy_grad,
         )
         num_tokens = micro_batch.num_tokens
-        return TokenOutputs(
+        cut = (hidden[:num_tokens], self.head, micro_batch, self.head_chunk_tokens)
+        outputs = TokenOutputs(
             logprobs[:num_tokens],
             None if entropy is None else entropy[:num_tokens],
-            routes=recorder.routes()[:num_tokens] if recorder is not None else None,
-            route_margins=recorder.margins()[:num_tokens] if recorder is not None and with_margins else None,
+            own_support=own_support(*cut) if with_own_support else None,
+            support_differs=support_differs(*cut) if with_support_check else None,
+        )
+        if recorder is None:
+            return outputs
+        return replace(
+            outputs,
+            routes=recorder.routes()[:num_tokens],
+            own_routes=recorder.own_routes()[:num_tokens],
+            route_margins=recorder.margins()[:num_tokens] if with_margins else None,
+            router_logits=recorder.logits()[:num_tokens] if with_router_logits else None,
         )
 
     def trunk(
@@ -255,7 +293,9 @@ class PolicyModel(nn.Module):
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
 
-    def _recorder(self, wanted: bool, *, with_margins: bool = False) -> RouteRecorder | None:
+    def _recorder(
+        self, wanted: bool, *, with_margins: bool = False, with_logits: bool = False
+    ) -> RouteRecorder | None:
         """A recorder, if one is wanted and there is anything to record. Raises ValueError for unknown routers."""
         if not wanted or self.info.num_moe_layers == 0:
             return None
@@ -264,7 +304,7 @@ class PolicyModel(nn.Module):
                 f"routes: {self.info.model_type} has {self.info.num_moe_layers} MoE layers, of which "
                 f"{len(self.routers)} have a router Keel can record; do not ask for its routes"
             )
-        return RouteRecorder(len(self.routers), with_margins=with_margins)
+        return RouteRecorder(len(self.routers), with_margins=with_margins, with_logits=with_logits)
 
     def _hidden(
         self, input_ids: torch.Tensor, positions: torch.Tensor, recorder: RouteRecorder | None, **attention_kwargs: Any

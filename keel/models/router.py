@@ -10,6 +10,9 @@ not change and gradient checkpointing does not get in the way:
 
     with replay_routes(routes):
         policy(micro_batch)    # these experts, weighted by the router's present logits
+
+While it replays, a router still says what it would have chosen: of hidden states that the replayed experts of earlier
+layers made, so a first difference is not counted again for all that follows from it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -28,20 +32,35 @@ from keel.ops.low_rank import LowRank, low_rank
 class RouteRecorder:
     """Keeps each router's choice of one forward pass; recording a layer again overwrites it with the same values."""
 
-    def __init__(self, num_moe_layers: int, *, with_margins: bool = False) -> None:
+    def __init__(self, num_moe_layers: int, *, with_margins: bool = False, with_logits: bool = False) -> None:
         self.with_margins = with_margins
+        self.with_logits = with_logits
         self._chosen: list[torch.Tensor | None] = [None] * num_moe_layers
+        self._own: list[torch.Tensor | None] = [None] * num_moe_layers
         self._margins: list[torch.Tensor | None] = [None] * num_moe_layers
+        self._logits: list[torch.Tensor | None] = [None] * num_moe_layers
 
-    def record(self, moe_layer: int, chosen: torch.Tensor, logits: torch.Tensor) -> None:
-        """Keep `chosen [T, k]` of MoE layer number `moe_layer`, and how near a tie it was if margins are wanted."""
+    def record(self, moe_layer: int, chosen: torch.Tensor, own: torch.Tensor, logits: torch.Tensor) -> None:
+        """Keep `chosen [T, k]` of MoE layer number `moe_layer`, its `own` choice `[T, k]` (another where one is
+        replayed), and what is wanted of its `logits [T, E]`."""
         self._chosen[moe_layer] = chosen.detach()
+        self._own[moe_layer] = own.detach()
         if self.with_margins:
             self._margins[moe_layer] = route_margin(logits.detach(), chosen.shape[-1])
+        if self.with_logits:
+            self._logits[moe_layer] = logits
 
     def routes(self) -> torch.Tensor:
-        """`[T, moe layers, k]` int32. Raises RuntimeError if a layer was never run."""
+        """The experts that ran: `[T, moe layers, k]` int32. Raises RuntimeError if a layer was never run."""
         return torch.stack(_complete(self._chosen), dim=1).to(torch.int32)
+
+    def own_routes(self) -> torch.Tensor:
+        """The experts each router would have run, likewise; the same where nothing was replayed."""
+        return torch.stack(_complete(self._own), dim=1).to(torch.int32)
+
+    def logits(self) -> torch.Tensor:
+        """`[T, moe layers, E]` router logits, with their gradient. Raises RuntimeError if they were not recorded."""
+        return torch.stack(_complete(self._logits), dim=1)
 
     def margins(self) -> torch.Tensor:
         """`[T, moe layers]` float32: gap in router logits between the last expert chosen and the first left out.
@@ -86,7 +105,8 @@ def record_routes(recorder: RouteRecorder) -> Iterator[RouteRecorder]:
 def replay_routes(routes: torch.Tensor) -> Iterator[None]:
     """Routers in this context choose `routes [T, moe layers, k]`; where it says -1 they choose for themselves.
 
-    The weights of the chosen experts are the router's present ones, with gradient. Raises ValueError if `routes` is
+    A token of which not all k experts of a layer are known is chosen for as a whole. The weights of the chosen experts
+    are the router's present ones, with gradient. Raises ValueError if `routes` is
     not integer or not three-dimensional.
     """
     if routes.dim() != 3 or routes.is_floating_point():
@@ -98,13 +118,13 @@ def replay_routes(routes: torch.Tensor) -> Iterator[None]:
         _replay.reset(token)
 
 
-def replay_for_rows(num_rows: int) -> AbstractContextManager[None]:
-    """What is replayed, if anything, filled up to `num_rows` rows that choose for themselves."""
 def replayed() -> torch.Tensor | None:
     """The routes that this context replays, `[T, moe layers, k]`, if it replays any."""
     return _replay.get()
 
 
+def replay_for_rows(num_rows: int) -> AbstractContextManager[None]:
+    """What is replayed, if anything, filled up to `num_rows` rows that choose for themselves."""
     routes = _replay.get()
     if routes is None or routes.shape[0] >= num_rows:
         return nullcontext()
@@ -131,15 +151,25 @@ class Router(nn.Module):
         self.hidden_dim = int(source.hidden_dim)  # type: ignore[arg-type]
         self.weight: nn.Parameter = source.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = getattr(source, "bias", None)
+        self.in_float32 = False
 
     def logits(self, hidden_states: torch.Tensor, adapter: LowRank | None) -> torch.Tensor:
-        """`hidden_states [T, Hd]` -> `[T, E]`, an adapter of the weight included."""
-        logits = functional.linear(hidden_states, self.weight, self.bias)
+        """`hidden_states [T, Hd]` -> `[T, E]`, an adapter of the weight included; at least float32 if so asked."""
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
+        if self.in_float32:
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            hidden_states, weight = hidden_states.to(wide), weight.to(wide)
+            bias = None if bias is None else bias.to(wide)
+            if adapter is not None:
+                adapter = LowRank(adapter.down.to(wide), adapter.up.to(wide), adapter.scaling)
+        logits = functional.linear(hidden_states, weight, bias)
         return logits if adapter is None else logits + low_rank(hidden_states, adapter)
 
     def choose(self, scores: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The `top_k` highest of `scores [T, E]` as (values, indices [T, k]), replayed and recorded where asked."""
-        values, chosen = torch.topk(scores, self.top_k, dim=-1)
+        values, own = torch.topk(scores, self.top_k, dim=-1)
+        chosen = own
         replay = _replay.get()
         if replay is not None:
             forced = replay[:, self.moe_layer].to(chosen.dtype)
@@ -148,11 +178,11 @@ class Router(nn.Module):
                     f"replay_routes: got {tuple(forced.shape)} choices for MoE layer {self.moe_layer}, "
                     f"which routes {tuple(chosen.shape)}; replay the routes of the same tokens"
                 )
-            chosen = torch.where(forced >= 0, forced, chosen)
+            chosen = torch.where((forced >= 0).all(-1, keepdim=True), forced, own)
             values = scores.gather(-1, chosen)
         recorder = _recorder.get()
         if recorder is not None:
-            recorder.record(self.moe_layer, chosen, logits)
+            recorder.record(self.moe_layer, chosen, own, logits)
         return values, chosen
 
 
@@ -165,7 +195,7 @@ class SoftmaxOfChosenRouter(Router):
         """`hidden_states [T, Hd]` -> (logits [T, E], weights [T, k], chosen [T, k])."""
         logits = self.logits(hidden_states, adapter)
         values, chosen = self.choose(logits, logits)
-        return logits, torch.softmax(values, dim=-1), chosen
+        return logits, torch.softmax(values, dim=-1).to(hidden_states.dtype), chosen
 
 
 class ChosenOfSoftmaxRouter(Router):
@@ -184,7 +214,34 @@ class ChosenOfSoftmaxRouter(Router):
         values, chosen = self.choose(torch.softmax(logits, dim=-1, dtype=torch.float32), logits)
         if self.norm_topk_prob:
             values = values / values.sum(dim=-1, keepdim=True)
-        return logits, values.to(logits.dtype), chosen
+        return logits, values.to(hidden_states.dtype), chosen
+
+
+class RouterOptions(Protocol):
+    """The config's `model.router` section, as far as it is needed here."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def frozen(self) -> bool: ...
+
+
+def set_up_routers(routers: tuple[Router, ...], options: RouterOptions, num_moe_layers: int) -> None:
+    """Give `routers` their type of product, and take away what may not be trained.
+
+    Raises ValueError if something is asked of routers that are not declared.
+    """
+    asked = options.frozen or options.dtype != "model"
+    if asked and len(routers) != num_moe_layers:
+        raise ValueError(
+            f"model.router: {num_moe_layers} layers choose experts, of which {len(routers)} by a router that Keel "
+            f"knows ({', '.join(DECLARED)}); leave model.router.dtype and model.router.frozen as they are"
+        )
+    for router in routers:
+        router.in_float32 = options.dtype == "float32"
+        if options.frozen:
+            router.requires_grad_(False)
 
 
 DECLARED: dict[str, type[Router]] = {

@@ -18,6 +18,7 @@ def load_policy(model: ModelConfig, device: torch.device | str) -> PolicyModel:
         head_chunk_tokens=model.head_chunk_tokens,
         trust_remote_code=model.trust_remote_code,
         lora=model.lora,
+        router=model.router,
         revision=model.revision,
         device=device,
     )

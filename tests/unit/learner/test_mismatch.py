@@ -11,6 +11,7 @@ from keel.batch import MicroBatch
 from keel.dist.ranks import Ranks
 from keel.learner.mismatch import add_mismatch, compare_routes, explained_by_routes, mismatch_metrics
 from keel.learner.stats import Stats, ratio_deviation
+from keel.models.policy import TokenOutputs
 
 
 def micro_batch(lengths, rollout, routes=None, mask=None):
@@ -35,7 +36,8 @@ def micro_batch(lengths, rollout, routes=None, mask=None):
 
 def metrics_of(m, logprobs, routes=None, margins=None):
     stats = Stats()
-    add_mismatch(stats, m, torch.tensor(logprobs), routes, margins)
+    outputs = TokenOutputs(torch.tensor(logprobs), None, routes=routes, own_routes=routes, route_margins=margins)
+    add_mismatch(stats, m, outputs.logprobs, outputs)
     return mismatch_metrics(*stats.collect(Ranks()))
 
 

@@ -50,7 +50,7 @@ def gpt_oss(tmp_path_factory):
 
 def test_loads_from_the_model_section_of_a_config(directory):
     section = ModelConfig(path=str(directory), dtype="bfloat16", gradient_checkpointing=True, head_chunk_tokens=7)
-    policy = PolicyModel.load(**dict(section.model_dump(exclude={"tiny"}), lora=section.lora))
+    policy = PolicyModel.load(**dict(section.model_dump(exclude={"tiny"}), lora=section.lora, router=section.router))
     assert policy.head.weight.dtype == torch.bfloat16
     assert policy.training
     assert policy.head_chunk_tokens == 7

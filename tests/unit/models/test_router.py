@@ -77,8 +77,8 @@ def test_recording_is_bounded_by_its_context_and_thread():
 
 def test_a_layer_that_never_ran_is_named():
     recorder = RouteRecorder(3)
-    recorder.record(0, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 4))
-    recorder.record(2, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 4))
+    recorder.record(0, *[torch.zeros(2, 1, dtype=torch.int64)] * 2, torch.zeros(2, 4))
+    recorder.record(2, *[torch.zeros(2, 1, dtype=torch.int64)] * 2, torch.zeros(2, 4))
     with pytest.raises(RuntimeError, match=r"layers \[1\] of 3"):
         recorder.routes()
 
