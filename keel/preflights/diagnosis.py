@@ -1,19 +1,154 @@
-"""Which side is at fault, and why: hypotheses about what it computes instead, held against an independent reference."""
+"""Which side is at fault, and why: hypotheses about what it computes instead, held against an independent reference.
+
+Three log-probs of every drawn token are compared: the engine's, the learner's, and the reference's. The gap of a side
+to the reference says whether it is at fault; the hypotheses (`diagnosis_hypotheses`) that make the reference say what
+that side says, say why. What a side's log-probs look like when no hypothesis reproduces them is judged last, by what
+is off and what is not (`diagnosis_patterns`).
+
+Figures are mean absolute differences of log-probs in nats, the largest 2 % of tokens left out.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
-from keel.preflights.diagnosis_evidence import ProbeSequence, StackFacts
+import numpy as np
+
+from keel.causes import CAUSES, Side
+from keel.preflights.diagnosis_evidence import Array, Evidence, StackFacts
+from keel.preflights.diagnosis_hypotheses import Hypothesis, hypotheses
+from keel.preflights.diagnosis_predict import Predictor, level
+from keel.preflights.diagnosis_search import Fit, Search
 from keel.preflights.reference import Reference
 from keel.preflights.result import Attribution
+from keel.preflights.stack import ProbeData
+
+SIDES: tuple[Side, ...] = ("engine", "learner")
+HEALTHY_FACTORS = {"float32": 10.0, "bfloat16": 1.8}
+FLOAT32_FLOOR = 2e-5
+"""Nats that nobody calls a fault in float32, whatever rounding was measured."""
+SECOND_MUST_LEAVE = {"float32": 0.6, "bfloat16": 0.88}
+"""A second cause is believed if it leaves at most this share of what the first left."""
+LEAST_SHARE = 0.25
+"""A cause that does not reach the noise is named only if this much of the gap goes away with it."""
+PASSES = 300
 
 
 def diagnose(
-    reference: Reference, probes: Sequence[ProbeSequence], facts: StackFacts | None = None, *, budget_s: float = 60.0
+    reference: Reference, data: ProbeData, facts: StackFacts | None = None, *, budget_s: float = 60.0
 ) -> tuple[Attribution, ...]:
-    """What explains each side's gap to `reference` on `probes`, the largest first; empty if nothing has to be explained.
+    """What explains each side's gap to `reference` on the probes, the largest first; empty if there is none.
 
-    A side without log-probs is left out. Takes about `budget_s` seconds at most, and says so where that cut it short.
+    A side without log-probs is left out (an engine's may be all nan, `data.trainer` empty). A model too large for the
+    budget is judged on fewer sequences, and what is left unsaid for want of time is said in the text of the row
+    "unexplained". A lost stop token is seen in the replies themselves, gap or not.
     """
-    raise NotImplementedError
+    facts = facts or StackFacts()
+    reference.earlier = facts.earlier
+    started = time.monotonic()
+    predictor = Predictor(reference, Evidence(data), facts)
+    pass_s = time.monotonic() - started
+    affordable = max(1, int(len(data.sequences) * budget_s / (PASSES * pass_s)))
+    if affordable < len(data.sequences):
+        trainer = data.trainer[:affordable]
+        data = replace(data, sequences=data.sequences[:affordable], trainer=trainer)
+        predictor = Predictor(reference, Evidence(data), facts)
+    noise = predictor.noise(facts.dtype)
+    found = [*lost_stop_tokens(data, facts)]
+    for number, side in enumerate(SIDES):
+        observed = predictor.evidence.of(side)
+        if observed is not None:
+            deadline = started + budget_s * (number + 1) / len(SIDES)
+            found += _of_side(predictor, side, observed, noise, deadline)
+    return tuple(sorted(found, key=lambda each: (each.cause == "unexplained", each.gap_after - each.gap_before)))
+
+
+def healthy_level(noise: float, dtype: str) -> float:
+    """The level up to which a residual is rounding, from the rounding that was measured."""
+    return max(HEALTHY_FACTORS[dtype] * noise, FLOAT32_FLOOR)
+
+
+def lost_stop_tokens(data: ProbeData, facts: StackFacts) -> list[Attribution]:
+    """Replies that ended at a stop token and do not have it. The share of them is the strength; no gap need show."""
+    stopped = [
+        int(sequence.token_ids[reply.stop - 1])
+        for sequence in data.sequences
+        for reply in sequence.replies
+        if reply.finish_reason == "stop" and reply.stop > reply.start
+    ]
+    lost = sum(token not in facts.stop_token_ids for token in stopped)
+    if not facts.stop_token_ids or lost == 0:
+        return []
+    text = f"{lost} of {len(stopped)} replies that ended at a stop token do not have it"
+    share = lost / len(stopped)
+    return [Attribution("lost_stop_token", "engine", share, 0.0, 0.0, strength=share, text=text)]
+
+
+def _of_side(predictor: Predictor, side: Side, observed: Array, noise: float, deadline: float) -> list[Attribution]:
+    dtype = predictor.facts.dtype
+    done = healthy_level(noise, dtype)
+    gap = level(observed - predictor.base)
+    if gap <= done:
+        return []
+    candidates = hypotheses(predictor.reference, predictor.evidence, predictor.facts, side)
+    search = Search(predictor, observed, done, deadline)
+    chosen = _choose(search, candidates, gap, dtype)
+    return _rows(search, chosen, side, gap)
+
+
+def _choose(search: Search, candidates: Sequence[Hypothesis], gap: float, dtype: str) -> Fit:
+    """The single hypothesis that leaves noise alone, else the best pair if it is worth its second half."""
+    fits = search.singles(candidates)
+    if not fits:
+        return Fit((), gap)
+    single = _plainest(fits, search.done, dtype)
+    if single.left <= search.done:
+        return single
+    pairs = search.pairs(fits)
+    if pairs and pairs[0].left <= SECOND_MUST_LEAVE[dtype] * single.left:
+        pair = pairs[0]
+        if pair.left <= search.done or pair.left <= (1.0 - LEAST_SHARE) * gap:
+            return pair
+    return single if single.left <= (1.0 - LEAST_SHARE) * gap else Fit((), gap)
+
+
+def _plainest(fits: Sequence[Fit], done: float, dtype: str) -> Fit:
+    """The first in order of those as good as the best: equal explanations are told by how plain they are."""
+    best = min(fit.left for fit in fits)
+    enough = max(best * 1.03, done if dtype == "float32" else 0.0)
+    return next(fit for fit in fits if fit.left <= enough)
+
+
+def _rows(search: Search, chosen: Fit, side: Side, gap: float) -> list[Attribution]:
+    rows = []
+    for hypothesis, share in zip(chosen.hypotheses, _shares(search, chosen, gap), strict=True):
+        rows.append(
+            Attribution(
+                hypothesis.cause,
+                side,
+                explained=share,
+                gap_before=gap,
+                gap_after=gap * (1.0 - share),
+                layer=hypothesis.layer,
+                strength=hypothesis.strength,
+                group=hypothesis.group,
+                text=f"{CAUSES[hypothesis.cause].title} ({hypothesis.text})",
+            )
+        )
+    if chosen.left > search.done and chosen.left > 0.02 * gap:
+        text = "time ran out before every hypothesis was tried" if search.was_cut_short else ""
+        left = chosen.left / gap
+        rows.append(Attribution("unexplained", side, left, gap_before=gap, gap_after=chosen.left, text=text))
+    return rows
+
+
+def _shares(search: Search, chosen: Fit, gap: float) -> list[float]:
+    """What each of one or two causes takes away: the mean over both orders of undoing them (Shapley's value)."""
+    together = max(0.0, 1.0 - chosen.left / gap)
+    if len(chosen.hypotheses) < 2:
+        return [together] * len(chosen.hypotheses)
+    alone = [1.0 - search.left([each]) / gap for each in chosen.hypotheses]
+    first = float(np.clip(0.5 * (alone[0] + together - alone[1]), 0.02 * together, 0.98 * together))
+    return [first, together - first]

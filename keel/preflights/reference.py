@@ -76,8 +76,9 @@ class Reference:
             stack.enter_context(rope_changed(self.model, changes))
             new = changed_parameters(self.model, changes, self.earlier)
             stack.enter_context(parameters_set_to(self.model, new))
-            if any(change.kind == "bfloat16" for change in changes):
-                stack.enter_context(_computing_in(self.model, torch.bfloat16))
+            for change in changes:
+                if change.kind in ("bfloat16", "float64"):
+                    stack.enter_context(_computing_in(self.model, getattr(torch, change.kind)))
             layer_windows = windows(self.info.layer_windows, changes)
             parts = [self._pass(group, layer_windows) for group in self._groups(feeds)]
         return torch.cat(parts).float() if parts else torch.zeros(0, self.info.vocab_size)

@@ -1,0 +1,170 @@
+"""What may be computed, read or reported otherwise: every hypothesis that a gap is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from keel.causes import Side
+from keel.preflights.diagnosis_evidence import Evidence, Readout, StackFacts
+from keel.preflights.diagnosis_readings import Reading, readable
+from keel.preflights.reference import Reference
+from keel.preflights.reference_changes import EXPERT_CHANGES, Change
+
+TEMPERATURES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
+RATIOS = (0.25, 0.5, 2.0, 4.0)
+SHARES = (0.5, 1.0)
+PADS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One thing done otherwise than the model's directory and the request say, under the name of its cause.
+
+    Exactly one of `change` (in the model), `reading` (of the tokens) and `readout` (of the logits) is set. `grid` holds
+    the first values of a strength that has to be fitted; empty if there is nothing to fit. `group` names tensors.
+    """
+
+    cause: str
+    change: Change | None = None
+    reading: Reading | None = None
+    readout: Readout | None = None
+    grid: tuple[float, ...] = ()
+    group: str = ""
+
+    @property
+    def layer(self) -> int | None:
+        return self.change.layer if self.change is not None else None
+
+    @property
+    def strength(self) -> float | None:
+        if self.change is not None:
+            return self.change.value
+        if self.reading is not None:
+            return float(self.reading.value)
+        assert self.readout is not None
+        return self.readout.temperature if self.readout.temperature is not None else float(self.readout.shift) or None
+
+    @property
+    def is_whole(self) -> bool:
+        """Does its strength count something (tokens), so that only whole numbers make sense?"""
+        return self.reading is not None or (self.change is not None and self.change.kind == "window")
+
+    def at(self, value: float) -> Hypothesis:
+        """The same with another strength."""
+        if self.change is not None:
+            return replace(self, change=replace(self.change, value=value))
+        if self.reading is not None:
+            return replace(self, reading=replace(self.reading, value=round(value)))
+        assert self.readout is not None
+        return replace(self, readout=replace(self.readout, temperature=value))
+
+    @property
+    def text(self) -> str:
+        part = self.change or self.reading or self.readout
+        kind = getattr(part, "kind", "readout")
+        detail = getattr(part, "detail", "")
+        return f"{kind} {detail}".strip().replace("_", " ")
+
+
+def hypotheses(reference: Reference, evidence: Evidence, facts: StackFacts, side: Side) -> list[Hypothesis]:
+    """All that can be told apart on this model, of this side; the plainest first."""
+    found = [*_readouts(evidence, side), *_model(reference), *_stale(reference), *_routes(evidence, side)]
+    for reading in _readings(facts):
+        if readable(reading[1], evidence, facts):
+            found.append(Hypothesis(reading[0], reading=reading[1]))
+    return found
+
+
+def _readouts(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:
+    asked = set(evidence.temperature.tolist())
+    if side == "engine" and (asked != {1.0} or evidence.is_cut):
+        yield Hypothesis("raw_logprobs", readout=Readout(temperature=1.0, cut=False))
+    if evidence.is_cut:
+        yield Hypothesis("top_p_not_undone", readout=Readout(cut=False))
+    usual = sum(asked) / len(asked)
+    yield Hypothesis(
+        "wrong_temperature", readout=Readout(temperature=1.0), grid=tuple(usual * ratio for ratio in TEMPERATURES)
+    )
+    for shift in (-1, 1, -2, 2):
+        yield Hypothesis("shifted_logprobs", readout=Readout(shift=shift))
+    yield Hypothesis("bfloat16_noise", readout=Readout(rounded=True))
+
+
+def _model(reference: Reference) -> Iterator[Hypothesis]:
+    layers: list[int | None] = [None, *range(reference.info.num_layers)]
+    windowed = [None, *(layer for layer, window in enumerate(reference.info.layer_windows) if window is not None)]
+    if reference.has_sinks:
+        for layer in layers:
+            yield Hypothesis("sinks_dropped", Change("sinks", layer=layer))
+        yield Hypothesis("sinks_dropped", Change("sinks"), grid=(0.3, 0.6, 0.9))
+        yield Hypothesis("sinks_dropped", Change("sinks", detail="scaled"), grid=SHARES)
+    if len(windowed) > 1:
+        for layer in windowed:
+            yield Hypothesis("window_off", Change("window", layer=layer, detail="off"))
+        for layer in windowed:
+            for tokens in (1, -1, 2, -2) if layer is None else (1, -1):
+                yield Hypothesis("window_off_by_one", Change("window", tokens, layer=layer))
+    yield from _rope(reference)
+    yield from _experts(reference, layers)
+    yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"))
+    yield Hypothesis("bfloat16_noise", Change("bfloat16"))
+
+
+def _rope(reference: Reference) -> Iterator[Hypothesis]:
+    numbers = reference.model.config.rope_parameters
+    if not isinstance(numbers, dict) or "rope_type" not in numbers:
+        return  # one set of numbers per kind of layer: nothing here is fitted to that
+    yield Hypothesis("wrong_rope_scaling", Change("rope", detail="theta"), grid=RATIOS)
+    yield Hypothesis("wrong_rope_scaling", Change("rope", detail="linear"), grid=RATIOS)
+    if numbers["rope_type"] == "default":
+        return
+    yield Hypothesis("wrong_rope_scaling", Change("rope", detail="none"))
+    yield Hypothesis("wrong_rope_scaling", Change("rope", detail="attention"), grid=(0.8, 1.25))
+    if "factor" in numbers:
+        yield Hypothesis("wrong_rope_scaling", Change("rope", detail="factor"), grid=RATIOS)
+    if "original_max_position_embeddings" in numbers:
+        yield Hypothesis("wrong_rope_scaling", Change("rope", detail="original"), grid=RATIOS)
+
+
+def _experts(reference: Reference, layers: list[int | None]) -> Iterator[Hypothesis]:
+    names = [name for name, _ in reference.model.named_parameters()]
+    if any("experts.gate_up_proj" in name for name in names):
+        kinds: tuple[str, ...] = EXPERT_CHANGES
+    elif any(".gate_proj." in name for name in names):
+        kinds = EXPERT_CHANGES[:1]
+    else:
+        return
+    for layer in layers:
+        for detail in kinds:
+            yield Hypothesis("transposed_experts", Change("experts", layer=layer, detail=detail))
+
+
+def _stale(reference: Reference) -> Iterator[Hypothesis]:
+    from keel.sync.groups import tensor_groups
+
+    groups = tensor_groups(name for name, _ in reference.model.named_parameters())
+    for version, state in enumerate(reference.earlier):
+        yield Hypothesis("stale_version", Change("stale", detail=f"{version}:"))
+        for group, names in groups.items():
+            if any(name in state for name in names):
+                yield Hypothesis("stale_tensor_group", Change("stale", detail=f"{version}:{group}"), group=group)
+
+
+def _routes(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:
+    if any(evidence.routes_of(side, index) is not None for index in range(len(evidence.sequences))):
+        yield Hypothesis("router_flips", reading=Reading("routes", token=0 if side == "engine" else 1))
+
+
+def _readings(facts: StackFacts) -> Iterator[tuple[str, Reading]]:
+    for count in PADS:
+        for token in sorted({0, facts.pad_token_id or 0}):
+            yield "wrong_padding", Reading("pads", count, token)
+    for count in (1, -1, *PADS[1:], 32):
+        yield "wrong_padding", Reading("gap", count)
+    yield "retokenized_turns", Reading("retokenized")
+    yield "lost_stop_token", Reading("without_stop")
+    for count in (1, 2, 3, 4):
+        yield "wrong_template", Reading("without_first", count)
+        yield "wrong_template", Reading("without_last", count)
+    yield "wrong_template", Reading("forgotten")

@@ -1,0 +1,88 @@
+"""What the reference would say of the drawn tokens if some hypotheses were true."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from keel.causes import Side
+from keel.preflights.diagnosis_evidence import Array, Evidence, Readout, Rows, StackFacts
+from keel.preflights.diagnosis_hypotheses import Hypothesis
+from keel.preflights.diagnosis_readings import Reading, read_otherwise
+from keel.preflights.reference import Feed, Reference
+from keel.preflights.reference_changes import Change
+
+CACHED_BYTES = 1 << 30
+TRIMMED_SHARE = 0.02
+
+
+def level(residual: Array) -> float:
+    """Mean absolute value without the largest 2 %: a rare near-tie of a router says nothing about the rest."""
+    found = np.sort(np.abs(residual[np.isfinite(residual)]))
+    kept = found[: max(1, round(len(found) * (1.0 - TRIMMED_SHARE)))]
+    return float(kept.mean()) if len(kept) else float("nan")
+
+
+class Predictor:
+    """Log-probs of the evidence's drawn tokens under hypotheses; passes that were made are kept while there is room."""
+
+    def __init__(self, reference: Reference, evidence: Evidence, facts: StackFacts) -> None:
+        self.reference, self.evidence, self.facts = reference, evidence, facts
+        self.rows = Rows(evidence)
+        self._feeds = evidence.feeds()
+        self._kept: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+        self.base_logits = reference.logits(self._feeds)
+        self.rows.keep_support(self.base_logits)
+        self.base = self.rows.logprobs(self.base_logits)
+
+    def logprobs(self, hypotheses: Sequence[Hypothesis]) -> Array:
+        """`[N]`; at most one of the hypotheses may be about the reading."""
+        changes = tuple(each.change for each in hypotheses if each.change is not None)
+        readings = [each.reading for each in hypotheses if each.reading is not None]
+        readout = Readout()
+        for each in hypotheses:
+            if each.readout is not None:
+                told = {name: getattr(each.readout, name) for name in ("temperature", "cut", "shift", "rounded")}
+                plain = Readout()
+                readout = replace(
+                    readout, **{name: value for name, value in told.items() if value != getattr(plain, name)}
+                )
+        return self.rows.logprobs(self._logits(changes, readings[0] if readings else None), readout)
+
+    def noise(self, dtype: str) -> float:
+        """The level of a healthy side's residual: rounding of `dtype` against float32, or of float32 against float64."""
+        change = Change("bfloat16") if dtype == "bfloat16" else Change("float64")
+        return level(self.rows.logprobs(self._logits((change,), None)) - self.base)
+
+    def _logits(self, changes: tuple[Change, ...], reading: Reading | None) -> torch.Tensor:
+        key = (changes, reading)
+        if not changes and reading is None:
+            return self.base_logits
+        if key not in self._kept:
+            self._kept[key] = self._pass(changes, reading)
+            while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > CACHED_BYTES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _pass(self, changes: tuple[Change, ...], reading: Reading | None) -> torch.Tensor:
+        if reading is None:
+            return self.reference.logits(self._feeds, changes)
+        if reading.kind == "routes":
+            side: Side = "learner" if reading.token else "engine"
+            return self.reference.logits(self._with_routes(side), changes)
+        feeds, targets = read_otherwise(reading, self.evidence, self.facts)
+        logits = self.base_logits.clone()
+        logits[torch.tensor(targets)] = self.reference.logits(feeds, changes)
+        return logits
+
+    def _with_routes(self, side: Side) -> list[Feed]:
+        found = []
+        for index, feed in enumerate(self._feeds):
+            routes = self.evidence.routes_of(side, index)
+            found.append(feed if routes is None else replace(feed, routes=torch.from_numpy(routes.astype(np.int64))))
+        return found
