@@ -81,21 +81,34 @@ def draw_probes(stack: Stack, plan: ProbePlan, sampling: SamplingSettings) -> Pr
 
     Raises EngineError if the engine fails, or if what it answers is no continuation.
     """
-    growing, notes = _begin(stack, plan)
-    done: list[_Growing] = []
-    for turn in range(plan.num_turns):
-        requests = [_request(stack, plan, each, turn, index, sampling) for index, each in enumerate(growing)]
-        for each, request, result in zip(growing, requests, stack.engine.generate(requests), strict=True):
-            _take(each, request, result, stack.trainer.info.vocab_size)
-        continued = [_go_on(stack, plan, each, turn) for each in growing] if turn + 1 < plan.num_turns else []
-        done += [each for each, follower in zip(growing, continued, strict=False) if follower is not each]
-        done += growing if not continued else []
-        growing = [each for each in continued if each is not None]
-        if not growing:
-            break
-    stack.engine.end_sessions(sorted({each.session for each in done}))
+    begun, notes = _begin(stack, plan)
+    # A session keeps its place in the engine until it is ended, so no more are begun at once than there are places.
+    places = max(1, stack.engine.capabilities().max_concurrency)
+    done = [
+        each
+        for start in range(0, len(begun), places)
+        for each in _grown(stack, plan, sampling, dict(enumerate(begun[start : start + places], start)))
+    ]
     moe = (stack.trainer.info.num_moe_layers, stack.trainer.info.top_k)
     return ProbeData(tuple(_probe(each, sampling, moe) for each in done), notes=tuple(notes))
+
+
+def _grown(stack: Stack, plan: ProbePlan, sampling: SamplingSettings, growing: dict[int, _Growing]) -> list[_Growing]:
+    """The sequences that come of `growing` (by number), in the order in which they ended."""
+    done: list[_Growing] = []
+    for turn in range(plan.num_turns):
+        requests = [_request(stack, plan, each, turn, index, sampling) for index, each in growing.items()]
+        for each, request, result in zip(growing.values(), requests, stack.engine.generate(requests), strict=True):
+            _take(each, request, result, stack.trainer.info.vocab_size)
+        is_last = turn + 1 == plan.num_turns
+        continued = {index: None if is_last else _go_on(stack, plan, each, turn) for index, each in growing.items()}
+        over = [each for index, each in growing.items() if continued[index] is not each]
+        stack.engine.end_sessions([each.session for each in over])
+        done += over
+        growing = {index: each for index, each in continued.items() if each is not None}
+        if not growing:
+            break
+    return done
 
 
 def random_tokens(stack: Stack, rng: random.Random, size: int) -> tuple[int, ...]:

@@ -1,0 +1,111 @@
+"""What checks share: the stack, what has been drawn so far, the independent reference, and the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from keel.monitor.memory import machine_bytes
+from keel.preflights.diagnosis_evidence import Evidence
+from keel.preflights.gap import GapFigures, Noise, judged_gap, measure_noise
+from keel.preflights.probes import ProbePlan, draw_probes
+from keel.preflights.reference import Reference
+from keel.preflights.result import Check, Status
+from keel.preflights.stack import ProbeData, Stack
+
+
+class SkippedError(Exception):
+    """A check does not apply, or what it needs is not there; the text is its reason."""
+
+
+@dataclass
+class Context:
+    """Everything is made when it is first asked for, and once."""
+
+    stack: Stack
+    plan: ProbePlan
+    budget_s: float
+    began: float = field(default_factory=time.perf_counter)
+    _data: ProbeData | None = None
+    _noise: Noise | None = None
+    _reference: Reference | None = None
+    engine_failure: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds of the budget that are left; never less than 0."""
+        return max(0.0, self.budget_s - (time.perf_counter() - self.began))
+
+    def probes(self) -> ProbeData:
+        """Sequences that the engine drew, scored by both sides. Raises EngineError if the engine fails."""
+        if self._data is None:
+            drawn = draw_probes(self.stack, self.plan, self.stack.sampling)
+            self._data = with_scores(self.stack, drawn)
+        return self._data
+
+    @property
+    def known_probes(self) -> ProbeData | None:
+        """What was drawn, if it could be."""
+        return self._data
+
+    def reference(self) -> Reference:
+        """The model in plain `transformers`, float32, weights rounded to the type that is served."""
+        if self._reference is None:
+            source = self.stack.source
+            self._reference = Reference.load(source.path, dtype=torch.float32, served_as=source.dtype)
+        return self._reference
+
+    def noise(self) -> Noise:
+        """What rounding alone makes of the probes in this stack's type."""
+        if self._noise is None:
+            self._noise = measure_noise(self.stack, self.probes(), self.reference())
+        return self._noise
+
+    def gap(self) -> GapFigures:
+        return judged_gap(self.probes(), self.noise())
+
+    def evidence(self) -> Evidence:
+        return Evidence(self.probes())
+
+
+def with_scores(stack: Stack, data: ProbeData) -> ProbeData:
+    """The same probes, scored by the trainer in its micro-batches and, where it can, by the engine's own `score`."""
+    trainer = stack.trainer.score([each.scored for each in data.sequences], with_routes=True)
+    found = stack.engine.score([each.token_ids.tolist() for each in data.sequences])
+    sequences = []
+    for each, scores in zip(data.sequences, found, strict=True):
+        values = np.concatenate([[np.nan], np.asarray(scores.logprobs, np.float32)]).astype(np.float32)
+        sequences.append(replace(each, engine_scores=values if len(values) == len(each) else None))
+    return replace(data, sequences=tuple(sequences), trainer=tuple(trainer))
+
+
+def check(
+    id: str,  # noqa: A002 (the field's name)
+    title: str,
+    status: Status,
+    reason: str,
+    *,
+    figure: float | None = None,
+    threshold: float | None = None,
+    unit: str = "",
+    fix: str = "",
+    **details: object,
+) -> Check:
+    """A `Check`; a fix is for what warns or fails alone."""
+    return Check(id, title, status, reason, figure, threshold, unit, fix if status in ("warn", "fail") else "", details)
+
+
+def fits_memory(num_bytes: float) -> bool:
+    """Whether this machine has room for so much more, half of its memory left for everything else."""
+    return num_bytes < machine_bytes() / 2
+
+
+def worst(statuses: Sequence[Status]) -> Status:
+    """ "fail" before "warn" before "pass"; "skip" if there is nothing else."""
+    order: tuple[Status, ...] = ("fail", "warn", "pass", "skip")
+    return next((status for status in order if status in statuses), "skip")

@@ -1,0 +1,145 @@
+"""The checks in their order; what fails, fails alone, and what was gained before it is kept."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import keel
+from keel.engines.base import EngineError
+from keel.preflights.checks import gap
+from keel.preflights.context import Context, SkippedError, check
+from keel.preflights.diagnosis import diagnose
+from keel.preflights.diagnosis_evidence import StackFacts
+from keel.preflights.gap import gap_sample
+from keel.preflights.probes import ProbePlan
+from keel.preflights.result import Attribution, Check, PreflightResult
+from keel.preflights.stack import Stack
+from keel.secrecy import scrubbed
+
+Ask = Callable[[Context], Iterable[Check]]
+Tell = Callable[[str], None]
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "vllm")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One function that makes checks; `id` and `title` name it where it makes none, `engine` says that it asks it."""
+
+    id: str
+    title: str
+    ask: Ask
+    engine: bool = False
+
+
+QUESTIONS: tuple[Question, ...] = (
+    Question("gap", "engine and trainer agree on every token", gap.check_gap, engine=True),
+    Question("routing", "engine and trainer choose the same experts", gap.check_routing, engine=True),
+)
+
+
+def run_checks(
+    stack: Stack,
+    *,
+    seed: int = 0,
+    budget_s: float = 120.0,
+    share: float = 1.0,
+    max_sequence_tokens: int = 0,
+    tell: Tell = lambda _: None,
+    facts: Mapping[str, Any] | None = None,
+) -> PreflightResult:
+    """Everything that can be told of `stack`, in about `budget_s` seconds.
+
+    `share` scales the number of probes, `max_sequence_tokens` bounds them (0: 512, or what the engine takes). `facts`
+    are further fields of `StackFacts`. Never raises for what the stack does: a check fails, with what was gained kept.
+    """
+    able = stack.engine.capabilities()
+    limit = min(able.max_sequence_tokens or 512, max_sequence_tokens or 512)
+    context = Context(stack, ProbePlan(seed=seed, max_sequence_tokens=limit).scaled(share), budget_s)
+    checks: list[Check] = []
+    for question in QUESTIONS:
+        tell(question.title)
+        checks += _asked(question, context)
+    tell("what explains the gap")
+    attribution, closing = _explained(context, facts or {})
+    data = context.known_probes
+    measured = any(each.id == "gap" and each.figure is not None for each in checks)
+    return PreflightResult(
+        stack=dict(stack.description),
+        checks=(*checks, *closing),
+        attribution=attribution,
+        gap=dict(context.gap().figures) if measured else {},
+        noise=context.noise().mean if measured else None,
+        sample=gap_sample(stack, data) if data is not None and data.trainer else None,
+        duration_s=time.perf_counter() - context.began,
+        versions=versions(),
+    )
+
+
+def _asked(question: Question, context: Context) -> Iterator[Check]:
+    """The checks of a question; an engine that fails is asked no more."""
+    if question.engine and context.engine_failure:
+        yield check(question.id, question.title, "skip", f"the engine failed before: {context.engine_failure}")
+        return
+    made: list[Check] = []
+    began = time.perf_counter()
+    try:
+        for each in question.ask(context):
+            made.append(each)
+            yield each
+    except SkippedError as why:
+        yield check(question.id, question.title, "skip", str(why))
+    except EngineError as error:
+        yield _failed(question, f"the engine failed: {error}", "see the engine's log; start it anew, then check again")
+        context.engine_failure = "" if _is_alive(context) else scrubbed(str(error))
+    except Exception as error:  # noqa: BLE001 (the border: a stack may fail in any way, and what was gained is kept)
+        reason = f"{type(error).__name__}: {error}"
+        yield _failed(question, reason, "this stack cannot be run in this way; the reason names what gave way")
+    finally:
+        context.seconds[question.id] = time.perf_counter() - began
+
+
+def _failed(question: Question, reason: str, fix: str) -> Check:
+    return check(question.id, question.title, "fail", scrubbed(reason), fix=fix)
+
+
+def _is_alive(context: Context) -> bool:
+    try:
+        return context.stack.engine.health().ok
+    except EngineError:
+        return False
+
+
+def _explained(context: Context, facts: Mapping[str, Any]) -> tuple[tuple[Attribution, ...], list[Check]]:
+    """What explains the gap of the probes, if there are any."""
+    data = context.known_probes
+    if data is None or not data.trainer:
+        return (), []
+    stack = context.stack
+    known = StackFacts(
+        dtype=stack.source.dtype,
+        stop_token_ids=stack.chat.stop_token_ids if stack.chat is not None else (),
+        tokenizer=stack.tokenizer,
+        **facts,
+    )
+    question = Question("attribution", "what explains the gap", lambda _: ())
+    try:
+        found = diagnose(context.reference(), data, known, budget_s=max(10.0, context.left_s))
+    except Exception as error:  # noqa: BLE001 (the border, as above)
+        return (), [_failed(question, f"{type(error).__name__}: {error}", "the checks above stand without it")]
+    return tuple(found), []
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, by distribution; what is not installed is left out."""
+    found = {"keel": keel.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
