@@ -123,6 +123,11 @@ def write_rows(path: Path, plan: Plan, draw: random.Random) -> float:
         plan.bend(step, row)
         train_step = plan.warm_steps + step + 1
         add({"kind": "step", "stage": "reinforcement", "step": step, "train_step": train_step}, row)
+        if step < len(plan.texts):
+            token = {"where": plan.texts[step], "position": step, "rollout_logprob": -1.0, "learner_logprob": -1.5}
+            token |= {"gap": -0.5 - step, "text": plan.texts[step], "before": plan.texts[step]}
+            place = {"stage": "reinforcement", "step": step, "train_step": train_step}
+            lines.append({"kind": "worst_tokens", "unix_s": now, "tokens": [token], **place})
         for rule, severity, text in alarms.get(step, ()):
             place = {"stage": "reinforcement", "step": step, "train_step": train_step, "first_step": step}
             lines.append({"kind": "alarm", "unix_s": now, "rule": rule, "severity": severity, "text": text, **place})

@@ -14,7 +14,7 @@
      "bands": {"mismatch/abs_mean": {"healthy_max", "text"}},
      "alarms": [{"train_step", "stage", "step", "rule", "severity", "text", "first_step"}],
      "invariants": [{"name", "text", "held", "of", "ok"}],
-     "time": [{"phase", "seconds"}],
+     "time": [{"phase", "seconds"}], "worst_tokens": [see keel.report.worst],
      "episodes": {"best": "137/12", "worst": .., "strangest": .., "why": {"best": "..", ..}},
      "steps": {"137": STEP}, "sampling": text}
 
@@ -41,6 +41,7 @@ from keel.report.series import columns
 from keel.report.source import REINFORCEMENT, alarm_rows, config_of, step_rows, whole
 from keel.report.time_spent import time_spent
 from keel.report.tokens import find_token_text
+from keel.report.worst import worst_tokens
 from keel.runs import Run, load_run
 
 SCHEMA_VERSION = 1
@@ -87,6 +88,7 @@ def report_data(
             *([invariants.records_whole(run)] if run.steps else []),
         ],
         "time": time_spent(run.rows),
+        "worst_tokens": worst_tokens(run),
     }
     words = find_token_text(run, config.model.path if config is not None else "")
     room = None if budget_bytes is None else max(0, budget_bytes - len(to_json(data)))

@@ -157,7 +157,8 @@ function buildOverview(section, store, before) {
       episodesPanel(data, (reference) => store.find(reference)),
     ),
     data.sampling ? el("ul", { class: "sampling muted" }, noteItem(data.sampling)) : null,
-    data.evaluations.length ? evaluationsPanel(data.evaluations) : null);
+    data.evaluations.length ? evaluationsPanel(data.evaluations) : null,
+    data.worst_tokens.length ? worstPanel(data.worst_tokens) : null);
   const plots = [];
   const zoom = (next) => {
     view.range = next ?? axis.range;

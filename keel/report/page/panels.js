@@ -197,3 +197,14 @@ function evaluationsPanel(evaluations) {
   const head = ["", "training step", "tasks", "success", "reward", ...powers.map((k) => `pass@${k}`)];
   return tableOf("Evaluations", head, rows, "Nothing has been evaluated yet.");
 }
+
+/** The tokens on which engine and learner differed most; their texts are the model's. */
+function worstPanel(tokens) {
+  const text = (value) => (value === null ? null : foreign(value, { limit: 80, more: false }));
+  const rows = tokens.map((one) => [
+    number(one.step), foreign(one.where, { limit: 60, more: false }), number(one.position),
+    number(one.engine), number(one.learner), number(one.gap), text(one.text), text(one.before),
+  ]);
+  const head = ["step", "attempt", "place", "engine", "learner", "difference", "token", "after"];
+  return tableOf("Worst tokens, engine against learner", head, rows, "");
+}

@@ -14,7 +14,7 @@ from tests.report_runs import PLANS, held
 
 KEYS = {
     "schema_version", "live", "run", "verdict", "evaluations", "series", "bands", "alarms", "invariants", "time",
-    "episodes", "steps", "sampling",
+    "worst_tokens", "episodes", "steps", "sampling",
 }  # fmt: skip
 LESS = {"budget_bytes": 1_500_000, "max_steps": 6}
 """Enough to read of a run whose whole page is not what the test is about."""
