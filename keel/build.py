@@ -28,7 +28,9 @@ from keel.device import (
     rank_devices,
     resolve_device,
 )
+from keel.distortion import describe_planted, planted_metrics
 from keel.engines.base import Engine
+from keel.engines.distorted import distort_engine, undistorted
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.engines.embedded.load import load_policy
 from keel.engines.process import EngineProcess
@@ -39,6 +41,7 @@ from keel.learner.base import LearnerLike
 from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
+from keel.monitor.planted import PlantedFaults
 from keel.monitor.progress import ChildProcess, Progress, Watched
 from keel.monitor.rules import Monitor, make_monitor
 from keel.plan import describe_start, make_plan, read_model_config
@@ -88,11 +91,13 @@ class Parts:
     loop: LoopThread
     device: torch.device
     frees_cache: bool = False  # whether the engine gives its keys and values back while the learner learns
+    planted: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of faults on purpose, for every row
 
     def watch(self, progress: Progress, stage: Stage, step: int) -> StepWatch:
         """A step begins, and is watched from now on."""
         progress.begin(stage.name, step, stage.num_steps)
-        return StepWatch(progress, MemoryWatch(self.device, self.engine.capabilities().cache_bytes))
+        memory = MemoryWatch(self.device, self.engine.capabilities().cache_bytes)
+        return StepWatch(progress, memory, self.planted)
 
     def make_room(self) -> None:
         """Nobody samples until the next publish: the learner may have the memory."""
@@ -107,12 +112,14 @@ class Parts:
         counts = [self.collector.activity.moves]
         if isinstance(self.learner, Learner):
             counts.append(self.learner.micro_batches)
-        if isinstance(self.engine, EmbeddedEngine):
-            counts.extend(self.engine.statistics().values())
+        engine = undistorted(self.engine)
+        if isinstance(engine, EmbeddedEngine):
+            counts.extend(engine.statistics().values())
         return tuple(counts)
 
     def _processes(self) -> list[ChildProcess]:
-        found = [("engine", self.engine.pid, self.engine.stacks)] if isinstance(self.engine, EngineProcess) else []
+        engine = undistorted(self.engine)
+        found = [("engine", engine.pid, engine.stacks)] if isinstance(engine, EngineProcess) else []
         ranks = self.learner.processes if isinstance(self.learner, LearnerGroup) else []
         return [ChildProcess(*each) for each in (*found, *ranks)]
 
@@ -161,6 +168,8 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     save_sources(config, run.paths.root / "sources")
     run.note_environment(threads=torch.get_num_threads(), device=describe_device(resolve_device(config.device)))
     run.note(describe_start(make_plan(config)))
+    if told := describe_planted(config.engine.distortions, config.learner.distortions):
+        run.note(f"warning: {told}")
     with assemble(config, factory, model) as parts, run.progress.watching(parts.watched()):
         yield parts
 
@@ -195,8 +204,10 @@ def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> It
             stack.callback(source.close)
         device = resolve_device(config.device)
         frees = frees_cache(config, device)
-        monitor, consistency = make_monitor(config.monitor), Consistency(config.monitor, tokenizer.decode)
-        yield Parts(learner, engine, collector, sources, monitor, consistency, loop, device, frees)
+        planted = planted_metrics(config.engine.distortions, config.learner.distortions)
+        monitor = make_monitor(config.monitor, [PlantedFaults()] if planted else [])
+        consistency = Consistency(config.monitor, tokenizer.decode)
+        yield Parts(learner, engine, collector, sources, monitor, consistency, loop, device, frees, planted)
 
 
 @contextmanager
@@ -264,7 +275,18 @@ def make_learner(config: TrainConfig, model: ModelConfig) -> LearnerLike:
 
 
 def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | None) -> Engine:
-    """The engine of `config`.
+    """The engine of `config`, with the faults of `engine.distortions` planted in it, if there are any."""
+    if not config.engine.distortions:
+        return _plain_engine(config, model, learner)
+
+    def make(path: Path) -> Engine:
+        return _plain_engine(config, model.model_copy(update={"path": str(path), "revision": ""}), learner)
+
+    return distort_engine(make, model.path, config.engine.distortions)
+
+
+def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | None) -> Engine:
+    """The engine of `config` on the weights of `model`.
 
     An embedded one in the process of a learner with one rank samples from the learner's own modules. Any other has
     weights of its own, those of `model.path` until they are published to; without a learner they stay.
@@ -282,7 +304,9 @@ def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | 
         return EngineProcess(
             model, engine, max_sequence_tokens=limit, version=version, num_threads=num_threads, device=str(device)
         )
-    if isinstance(learner, Learner):
+    # In shared modules a fault of one side would be the other's as well.
+    shares = not (config.engine.distortions or config.learner.distortions)
+    if isinstance(learner, Learner) and shares:
         return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=version)
     policy = load_policy(model, device)
     return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=version, shares_weights=False)

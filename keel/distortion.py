@@ -227,3 +227,17 @@ def tensor_group_names(info: Traits) -> Sequence[str]:
 def share_of(items: int, share: float) -> int:
     """How many of `items` a `share` above 0 takes: at least one."""
     return min(items, max(1, math.ceil(items * share - 1e-9)))
+
+
+def planted_metrics(engine: Sequence[Distortion], learner: Sequence[Distortion]) -> dict[str, float]:
+    """How many faults a run has on purpose, for every row: `faults/engine` and `faults/learner`; {} if none."""
+    counts = {"faults/engine": engine, "faults/learner": learner}
+    acting = {name: float(sum(each.acts for each in faults)) for name, faults in counts.items()}
+    return acting if any(acting.values()) else {}
+
+
+def describe_planted(engine: Sequence[Distortion], learner: Sequence[Distortion]) -> str:
+    """One line about the faults that a run was given on purpose; empty if none."""
+    sides = {"engine": engine, "learner": learner}
+    told = [f"{each} in the {side}" for side, faults in sides.items() for each in faults if each.acts]
+    return f"faults are planted on purpose, trust nothing in this run: {'; '.join(told)}" if told else ""

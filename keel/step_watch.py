@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from keel.device import MemoryWatch
 from keel.monitor.progress import Phase, Progress
@@ -25,7 +26,11 @@ class StepWatch:
     """One step, from now on. A part ends when a phase of another begins: `time/<part>_s` are its seconds, and on CUDA
     `memory/<part>_peak_mib` its peak."""
 
-    def __init__(self, progress: Progress, memory: MemoryWatch) -> None:
+    def __init__(
+        self, progress: Progress, memory: MemoryWatch, also: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """`also` stands in the row of every step."""
+        self._also = also
         self._progress = progress
         self._memory = memory
         self._seconds: dict[str, float] = {}
@@ -46,6 +51,6 @@ class StepWatch:
         self._part, self._last = part, now
 
     def figures(self) -> dict[str, float]:
-        """The step's seconds by part and in all, and its memory."""
+        """The step's seconds by part and in all, its memory, and what else is in every row."""
         total = {"time/step_s": time.perf_counter() - self._began}
-        return {**self._seconds, **total, **self._memory.total()}
+        return {**self._seconds, **total, **self._memory.total(), **self._also}

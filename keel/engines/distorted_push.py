@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from keel.distortion import Distortion, DistortionError
 from keel.models.distorted.weights import WeightChanges, check_group, in_group, mixed_with_old
@@ -41,9 +42,9 @@ class DistortedPush:
             return
         if source.kind != "file":
             raise DistortionError(f"load_weights: got source {source.kind!r}; faults of weights need 'file'")
-        arriving = self._arriving(load_file(str(Path(source.location) / WEIGHTS_FILE)))
+        sent, header = _read(source.location)
         with weights_directory(transfer_places()[0]) as location:
-            write_weights(location, arriving, version=version)
+            write_weights(location, self._arriving(sent), **{**header, "version": version})
             yield WeightSource("file", location)
 
     def _arriving(self, sent: Weights) -> Weights:
@@ -62,3 +63,10 @@ class DistortedPush:
             if in_group(each, name):
                 tensor = mixed_with_old(tensor, self._first[name], each.strength)
         return tensor
+
+
+def _read(location: str) -> tuple[Weights, dict[str, Any]]:
+    """All tensors at `location`, and the header's values."""
+    with safe_open(str(Path(location) / WEIGHTS_FILE), framework="pt", device="cpu") as file:
+        header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118

@@ -108,7 +108,7 @@ def _read(name: str, changes: WeightChanges, planted: PlantedFaults | None, para
 
 
 def _plant_configuration(policy: PolicyModel, distortions: Sequence[Distortion], stack: ExitStack) -> None:
-    """Windows and rotary positions: in the configuration, and in the modules that were built from it."""
+    """Windows and rotary positions, in the modules that were built from the configuration."""
     config = policy.model.config
     fields = changed_configuration(config, distortions)
     if not fields:
@@ -116,8 +116,6 @@ def _plant_configuration(policy: PolicyModel, distortions: Sequence[Distortion],
     other = copy.deepcopy(config)
     for name, value in fields.items():
         setattr(other, name, value)
-        stack.callback(setattr, config, name, getattr(config, name))
-        setattr(config, name, value)
     if "rope_parameters" in fields:
         _plant_rotary(policy.model, other, stack)
     if "sliding_window" in fields or "layer_types" in fields:
@@ -154,15 +152,17 @@ def _plant_windows(model: nn.Module, other: Any, fields: Mapping[str, Any], stac
 @contextmanager
 def _forward_around(policy: PolicyModel, distortions: Sequence[Distortion]) -> Iterator[None]:
     """In this context the policy's forward is shown another micro-batch, and answers in the rows of its own."""
-    path = Path(str(getattr(policy.model.config, "_name_or_path", "")))
+    path = Path(str(getattr(policy.model.config, "_name_or_path", "")))  # where it was loaded from
     wanted = any(each.cause == "retokenized_turns" for each in distortions)
     splits = load_splits(path) if wanted else {}
+    config = policy.model.config
+    fields = changed_configuration(config, distortions)
     pad_token_id = int(getattr(policy.model.config, "pad_token_id", None) or 0)
     plain = policy.forward
 
     def forward(micro_batch: MicroBatch, **options: Any) -> TokenOutputs:
         seen: ShownBatch = show(micro_batch, distortions, splits=splits, pad_token_id=pad_token_id)
-        with seen.replaying():
+        with seen.replaying(), _configured(config, fields):
             outputs = seen.told(plain(seen.micro_batch, **options))
         return replace(outputs, logprobs=distorted_outputs(outputs.logprobs, micro_batch, distortions))
 
@@ -171,3 +171,16 @@ def _forward_around(policy: PolicyModel, distortions: Sequence[Distortion]) -> I
         yield
     finally:
         del policy.__dict__["forward"]
+
+
+@contextmanager
+def _configured(config: Any, fields: Mapping[str, Any]) -> Iterator[None]:
+    """In this context masks are made from `fields`. Not longer, because `config` is saved with the weights."""
+    own = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(config, name, value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from keel.dist.ranks import Ranks
 from keel.dist.shard import shard_policy
 from keel.learner import state
 from keel.learner.base import LearnerError, Update
+from keel.learner.distorted import distort_learner
 from keel.learner.gradient import Objective, update_metrics
 from keel.learner.optim import MasterAdamW, learning_rate
 from keel.learner.randomness import seed_random_states
@@ -98,6 +99,10 @@ class Learner:
         """Of the weights that an adapter is on, which are in no checkpoint; "" without one."""
         if self.ranks.mesh is not None:
             shard_policy(self.policy, _layers(self.policy), self.ranks.mesh)
+        self._planting = ExitStack()
+        self._planted = None
+        if learner.distortions:
+            self._planted = self._planting.enter_context(distort_learner(self.policy, learner.distortions))
         # Taken once: while a sharded module runs, its attributes are gathered copies.
         self._parameters = self.policy.trained_parameters()
         self.optimizer = MasterAdamW(self._parameters, self.ranks)
@@ -238,6 +243,8 @@ class Learner:
             self.optimizer.step(lr, factor)
             self.version += 1
         self.optimizer.zero()
+            if self._planted is not None:
+                self._planted.new_version()
         self._serial += 1  # this gradient is used up
         self.num_skipped += skipped
         self.step += update.last
@@ -288,7 +295,8 @@ class Learner:
         return self.stage
 
     def close(self) -> None:
-        """Nothing to release in one process."""
+        """Faults that were planted go; there is nothing else to release in one process."""
+        self._planting.close()
 
     def _entered(self) -> Objective:
         if self._objective is None:

@@ -178,7 +178,7 @@ class NoSignal:
         self._first_step, self._warned_at = state["first_step"], state["warned_at"]
 
 
-def make_monitor(config: MonitorConfig) -> Monitor:
-    """The monitor of the config's `[monitor]` section."""
-    rules = [NoSignal(config.min_signal_share)] if config.min_signal_share > 0 else []
-    return Monitor(config.max_skips, rules)
+def make_monitor(config: MonitorConfig, also: Sequence[Rule] = ()) -> Monitor:
+    """The monitor of the config's `[monitor]` section, with the rules of `also` behind its own."""
+    rules: list[Rule] = [NoSignal(config.min_signal_share)] if config.min_signal_share > 0 else []
+    return Monitor(config.max_skips, [*rules, *also])
