@@ -29,10 +29,12 @@ from keel.device import (
     resolve_device,
 )
 from keel.distortion import describe_planted, planted_metrics
+from keel.engine_checks import check_engine, check_resumed, identity_of_model
 from keel.engines.base import Engine
 from keel.engines.distorted import distort_engine, undistorted
 from keel.engines.embedded.engine import EmbeddedEngine
 from keel.engines.embedded.load import load_policy
+from keel.engines.identity import ModelIdentity
 from keel.engines.process import EngineProcess
 from keel.envs.base import Env
 from keel.envs.load import EnvFactory, env_factory
@@ -92,6 +94,7 @@ class Parts:
     device: torch.device
     frees_cache: bool = False  # whether the engine gives its keys and values back while the learner learns
     planted: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of faults on purpose, for every row
+    identity: ModelIdentity | None = None  # of the model's files, without its weights
 
     def watch(self, progress: Progress, stage: Stage, step: int) -> StepWatch:
         """A step begins, and is watched from now on."""
@@ -133,6 +136,7 @@ class Parts:
             "run": run.state(),
             "monitor": self.monitor.state(),
             "sources": {name: source.state() for name, source in self.sources.items()},
+            "identity": None if self.identity is None else self.identity.to_json(),
         }
         self.learner.save(run.paths.checkpoint(f"{self.learner.step:06d}"), extra)
         prune(run.paths.checkpoints, keep)
@@ -144,6 +148,8 @@ class Parts:
             run.restore(None)
             return
         extra = self.learner.load(path)
+        if extra.get("identity") and self.identity is not None:
+            check_resumed(ModelIdentity.from_json(extra["identity"]), self.identity)
         run.restore(extra["run"])
         self.monitor.restore(extra["monitor"])
         for name, source in self.sources.items():
@@ -186,6 +192,8 @@ def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> It
         stack.callback(loop.close)
         engine = make_engine(config, model, learner)
         stack.callback(lambda: loop.run(engine.close()))
+        identity = identity_of_model(model)
+        check_engine(config, engine.capabilities(), identity)
         collector = Collector(
             engine,
             factory,
@@ -207,7 +215,7 @@ def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> It
         planted = planted_metrics(config.engine.distortions, config.learner.distortions)
         monitor = make_monitor(config.monitor, [PlantedFaults()] if planted else [])
         consistency = Consistency(config.monitor, tokenizer.decode)
-        yield Parts(learner, engine, collector, sources, monitor, consistency, loop, device, frees, planted)
+        yield Parts(learner, engine, collector, sources, monitor, consistency, loop, device, frees, planted, identity=identity)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from keel.config_base import Plugins as Plugins  # noqa: PLC0414
 from keel.config_base import Section as Section  # noqa: PLC0414
 from keel.config_monitor import MonitorConfig
 from keel.config_router import RouterConfig
-from keel.config_vllm import VllmConfig
+from keel.config_sync import SyncConfig
+from keel.config_vllm import VllmConfig, refuse_with_vllm
 from keel.distortion import Distortion
 from keel.types import UserFault
 
@@ -448,3 +449,4 @@ def _value_at(config: BaseModel, dotted: str) -> Any:
     for name in dotted.split("."):
         value = getattr(value, name)
     return value
+    refuse_with_vllm(config, refuse)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from keel.engines.identity import ModelIdentity
 from keel.sync.base import WeightSource
 from keel.types import Fault, FinishReason, Routes, SamplingSettings, Support
 
@@ -101,6 +102,7 @@ class ScoreResult:
 class EngineCapabilities:
     """What the engine can do, so that a config asking for more is refused before the run.
 
+    `identity` is that of the model it runs, None if it does not tell: another than the learner's is refused.
     `cache_bytes` is what its keys and values take while it samples, 0 if it does not tell. `weight_receivers` is how
     many processes take part in a broadcast of weights.
     """
@@ -115,6 +117,7 @@ class EngineCapabilities:
     deterministic: bool
     cache_bytes: int = 0
     returns_support: bool = False
+    identity: ModelIdentity | None = None
     weight_receivers: int = 1
 
 

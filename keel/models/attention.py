@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from keel.models.attention_mask import AttentionMaskError, keel_mask, plan_of
 from keel.ops.attention import layout_attention, sink_attention
+from keel.ops.attention.exact import exact_attention
+from keel.ops.numerics import is_exact
 
 NAME = "keel"
 
@@ -82,6 +84,9 @@ def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
         # The same tensor is equal to itself without being read, which off the CPU would wait for it in every layer.
         if not (cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q or torch.equal(cu_seq_lens_k, cu_seq_lens_q)):
             raise AttentionMaskError("keel attention is self-attention: cu_seq_lens_k must equal cu_seq_lens_q")
+        if is_exact():
+            q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+            return exact_attention(q, k, v, s_aux, cu_seqlens=cu_seq_lens_q, scale=scale, window=window)[None], None
         out = sink_attention(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, experts_forward
+from keel.ops.experts_exact import experts_exact
 from keel.ops.experts_tiles import experts_row_invariant
 from keel.ops.low_rank import LowRank
+from keel.ops.numerics import is_exact
 
 IMPLEMENTATION = "keel"
 
@@ -97,5 +99,5 @@ def keel_experts_forward(
         adapters.get("gate_up_proj"),
         adapters.get("down_proj"),
     )
-    run = experts_row_invariant if _row_invariant.get() else experts_forward
+    run = experts_exact if is_exact() else experts_row_invariant if _row_invariant.get() else experts_forward
     return run(hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype), experts, layout)

@@ -23,6 +23,7 @@ from torch import nn
 from keel.models.adapted import linear_factors, plain_linear
 from keel.ops.low_rank import LowRank, low_rank
 from keel.ops.matmul import linear
+from keel.ops.numerics import is_exact
 from keel.ops.rms_norm import rms_norm
 
 _NORMS = ("GptOssRMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")
@@ -78,7 +79,7 @@ class _FittedAttention:
     ) -> tuple[torch.Tensor, None]:
         packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("keel_cache") is not None
         plain = all(plain_linear(p) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        if not (packed and plain) or past_key_values is not None or hidden_states.shape[0] != 1:
+        if not (packed and plain) or is_exact() or past_key_values is not None or hidden_states.shape[0] != 1:
             out: tuple[torch.Tensor, None] = super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from keel.ops.matmul import padded_rows
+from keel.ops.numerics import is_exact, whole_tiles
 from keel.ops.support import TokenSupport
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ class PaddedRows:
 
 
 def pad_micro_batch(micro_batch: MicroBatch) -> PaddedRows:
-    """Fill up to `padded_rows`, in sequences no longer than the longest real one. On a CPU only."""
+    """Fill up to `padded_rows`, in exact mode to whole tiles, no sequence longer than the longest. On a CPU only."""
     num_tokens = micro_batch.num_tokens
     on_cpu = micro_batch.input_ids.device.type == "cpu"
-    extra = padded_rows(num_tokens) - num_tokens if on_cpu and micro_batch.max_seqlen > 0 else 0
+    regular = whole_tiles(num_tokens) if is_exact() else padded_rows(num_tokens)
+    extra = regular - num_tokens if on_cpu and micro_batch.max_seqlen > 0 else 0
     if extra == 0:
         return PaddedRows(
             micro_batch.input_ids,

@@ -7,12 +7,13 @@ are ordinary Hugging Face directories. Trunk and head both run inside `forward`,
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from keel.models import experts as keel_experts
 from keel.models import mxfp4
 from keel.models.adapted import adapter_off
 from keel.models.adapter_files import AdapterError, base_model
+from keel.models.exact import fit_exact
 from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
 from keel.models.lora import Adapter, LoraOptions, merge_adapter, put_on_adapter, save_adapter
@@ -37,6 +39,7 @@ from keel.models.router import (
     set_up_routers,
 )
 from keel.ops.logprobs import DEFAULT_CHUNK_TOKENS, head_logits, linear_logprobs
+from keel.ops.numerics import exact_numerics
 from keel.ops.support import TokenSupport
 
 if TYPE_CHECKING:
@@ -49,6 +52,20 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,  # for exactness tests
 }
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_its_numerics(method: Method) -> Method:
+    """A method that runs inside `exact_numerics` if its policy is exact."""
+
+    @functools.wraps(method)
+    def run(policy: PolicyModel, *args: Any, **kwargs: Any) -> Any:
+        with exact_numerics() if policy.exact else nullcontext():
+            return method(policy, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,8 @@ class PolicyModel(nn.Module):
         self.info: ModelInfo = model_info(model.config)
         self.model = model
         self.adapter: Adapter | None = None
+        self.exact = False
+        """Whether a token's bits depend on its own past alone; see `make_exact`."""
         self.head_chunk_tokens = head_chunk_tokens
         self.routers = replace_routers(model)  # a tuple: registered where they stand, not a second time here
         fit_modules(model)
@@ -110,6 +129,7 @@ class PolicyModel(nn.Module):
         revision: str = "",
         device: torch.device | str | None = None,
         lora: LoraOptions | None = None,
+        numerics: str = "fast",
         router: RouterOptions | None = None,
     ) -> PolicyModel:
         """Load a Hugging Face directory or hub id; the keywords are those of the config's `model` section.
@@ -121,7 +141,7 @@ class PolicyModel(nn.Module):
         Returns it in evaluation mode, or in training mode if `gradient_checkpointing` asks for it (`transformers`
         checkpoints in training mode only). Raises what `transformers` raises for a path that is no model, ValueError
         for an unknown dtype or an unusual head, NotImplementedError for experts 'keel' does not know, AdapterError for
-        an adapter that cannot be had.
+        an adapter that cannot be had, ExactNumericsError for `numerics` "exact" where that cannot be had.
 
         MXFP4 weights are read as `dtype`, exactly; other quantized ones are refused with a ValueError. Code that lies
         beside a model is not run unless `trust_remote_code` says so.
@@ -153,7 +173,17 @@ class PolicyModel(nn.Module):
         policy.adapter = put_on_adapter(model, path, lora, revision)
         if router is not None:
             set_up_routers(policy.routers, router, policy.info.num_moe_layers)
+        if numerics == "exact":
+            policy.make_exact()
         return policy
+
+    def make_exact(self) -> None:
+        """Give each token bits that depend on its own past alone, here and in every engine that is made exact too.
+
+        Raises ExactNumericsError for a model that cannot have it, or a machine whose products do not keep it.
+        """
+        fit_exact(self.model)
+        self.exact = True
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What learning changes, by names in `model`: with an adapter its factors, else everything; tied ones once."""
@@ -183,6 +213,7 @@ class PolicyModel(nn.Module):
         self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
         self.train()
 
+    @_in_its_numerics
     def forward(
         self,
         micro_batch: MicroBatch,
@@ -254,6 +285,7 @@ class PolicyModel(nn.Module):
             router_logits=recorder.logits()[:num_tokens] if with_router_logits else None,
         )
 
+    @_in_its_numerics
     def trunk(
         self, input_ids: torch.Tensor, positions: torch.Tensor, *, with_routes: bool = False, **attention_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -264,6 +296,7 @@ class PolicyModel(nn.Module):
         hidden, recorder = self._hidden(input_ids, positions, self._recorder(with_routes), **attention_kwargs)
         return hidden, None if recorder is None else recorder.routes()
 
+    @_in_its_numerics
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head: `[T, Hd]` -> `[T, V]`, float32 (float64 stays float64), before any temperature."""
         return head_logits(hidden, self.head.weight, self.head.bias)

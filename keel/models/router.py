@@ -27,6 +27,8 @@ from torch import nn
 from torch.nn import functional
 
 from keel.ops.low_rank import LowRank, low_rank
+from keel.ops.matmul import linear
+from keel.ops.numerics import exact_numerics, is_exact
 
 
 class RouteRecorder:
@@ -132,12 +134,21 @@ def replay_for_rows(num_rows: int) -> AbstractContextManager[None]:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` of torch's checkpoint: the recomputation replays what the forward pass replayed.
+    """`context_fn` of torch's checkpoint: the recomputation replays what the forward pass replayed, as exactly.
 
     It runs in the backward pass, when the caller's context is long left; without this it would choose experts anew.
     """
-    routes = _replay.get()
-    return nullcontext(), nullcontext() if routes is None else replay_routes(routes)
+    routes, exact = _replay.get(), is_exact()
+    return nullcontext(), nullcontext() if routes is None and not exact else _again(routes, exact)
+
+
+@contextmanager
+def _again(routes: torch.Tensor | None, exact: bool) -> Iterator[None]:
+    with (
+        nullcontext() if routes is None else replay_routes(routes),
+        exact_numerics() if exact else nullcontext(),
+    ):
+        yield
 
 
 class Router(nn.Module):
@@ -163,7 +174,7 @@ class Router(nn.Module):
             bias = None if bias is None else bias.to(wide)
             if adapter is not None:
                 adapter = LowRank(adapter.down.to(wide), adapter.up.to(wide), adapter.scaling)
-        logits = functional.linear(hidden_states, weight, bias)
+        logits = (linear if is_exact() else functional.linear)(hidden_states, weight, bias)
         return logits if adapter is None else logits + low_rank(hidden_states, adapter)
 
     def choose(self, scores: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ token's k results are summed by position, forward and backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -74,9 +75,21 @@ def experts_forward(
     Raises:
         ValueError: shapes that do not fit.
     """
+    return run_experts(SortedExperts, hidden, chosen, weights, experts, layout)
+
+
+def run_experts(
+    function: type[SortedExperts],
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    experts: ExpertsWeights,
+    layout: ExpertsLayout,
+) -> torch.Tensor:
+    """`experts_forward` by the autograd step `function`."""
     check_experts(hidden, chosen, weights, experts, layout)
     adapters = (experts.gate_up_adapter, experts.down_adapter)
-    return _SortedExperts.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return function.apply(  # type: ignore[no-any-return, no-untyped-call]
         hidden,
         chosen,
         weights,
@@ -159,15 +172,15 @@ class Segments:
     bounds: list[int]  # [E + 1]
 
 
-def sort_by_expert(chosen: torch.Tensor, num_experts: int, *, padded: bool) -> Segments:
+def sort_by_expert(chosen: torch.Tensor, num_experts: int, *, fill: Callable[[int], int] | None = None) -> Segments:
     """Sort the pairs of `chosen [T, k]` by expert, keeping the order of tokens within one.
 
-    `padded` makes every expert's number of rows one of `padded_rows`.
+    `fill` says how many rows an expert's number of pairs is filled up to; None: no more than there are.
     """
     flat = chosen.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=num_experts)
-    taken = [padded_rows(count) if padded else count for count in counts.tolist()]
+    taken = [fill(count) if fill else count for count in counts.tolist()]
     bounds = list(accumulate(taken, initial=0))
     shift = torch.tensor(bounds[:-1], device=flat.device) - (counts.cumsum(0) - counts)
     places = torch.arange(flat.shape[0], device=flat.device)
@@ -188,7 +201,7 @@ def _gates_first(bias: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
     return torch.cat((bias[..., ::2], bias[..., 1::2]), dim=-1) if layout.interleaved else bias
 
 
-class _SortedExperts(torch.autograd.Function):
+class SortedExperts(torch.autograd.Function):
     """Keeps the first projection's outputs `[S, 2I]`; everything else is made again in the backward pass."""
 
     @staticmethod
@@ -204,7 +217,7 @@ class _SortedExperts(torch.autograd.Function):
         gate_up, gate_up_bias, down, down_bias, *factors = parameters
         assert gate_up is not None
         assert down is not None
-        segments = sort_by_expert(chosen, gate_up.shape[0], padded=hidden.device.type == "cpu")
+        segments = sort_by_expert(chosen, gate_up.shape[0], fill=padded_rows if hidden.device.type == "cpu" else None)
         first_bias = None if gate_up_bias is None else _gates_first(gate_up_bias, layout)
         first_adapter, second_adapter = adapters_of(factors, scalings)
         pres: list[torch.Tensor] = []  # [n, 2I] of each busy expert, gates before ups
@@ -225,7 +238,7 @@ class _SortedExperts(torch.autograd.Function):
             add_low_rank_(results[-1], act, second_adapter[expert] if second_adapter else None)
         ctx.save_for_backward(hidden, weights, *parameters, *pres)
         ctx.segments, ctx.layout, ctx.clamped, ctx.scalings = segments, layout, clamped, scalings
-        return sum_of_rows(_joined(results, hidden), segments.rows, weights.to(hidden.dtype))
+        return sum_of_rows(joined(results, hidden), segments.rows, weights.to(hidden.dtype))
 
     @staticmethod
     @once_differentiable
@@ -257,7 +270,7 @@ class _SortedExperts(torch.autograd.Function):
                 if grad is not None:
                     grad[expert].zero_()
         return (
-            sum_of_rows(_joined(grads_x, hidden), segments.rows) if needs[0] else None,
+            sum_of_rows(joined(grads_x, hidden), segments.rows) if needs[0] else None,
             None,
             torch.cat(grad_weights)[segments.rows].to(weights.dtype) if needs[2] and grad_weights else None,
             None,
@@ -266,7 +279,7 @@ class _SortedExperts(torch.autograd.Function):
         )
 
 
-def _joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     """The segments' rows after each other, `[P, Hd]`; without any segment, none."""
     return torch.cat(parts) if parts else like.new_empty(0, like.shape[1])
 

@@ -67,7 +67,7 @@ def _sorted_tile(
     hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, experts: ExpertsWeights, layout: ExpertsLayout
 ) -> torch.Tensor:
     """Only the experts the tile chose, each on its own rows filled up to a tile."""
-    segments = sort_by_expert(chosen, experts.num_experts, padded=False)
+    segments = sort_by_expert(chosen, experts.num_experts)
     results = hidden.new_empty(segments.tokens.shape[0], hidden.shape[1])
     for expert, rows in busy(segments):
         for start in range(rows.start, rows.stop, TILE_ROWS):

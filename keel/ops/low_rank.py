@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from keel.ops.matmul import linear
-
-MIN_COLUMNS = 16
+from keel.ops.matmul import MIN_COLUMNS, linear, product_in_tiles
+from keel.ops.numerics import is_exact
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,10 @@ class LowRank:
 
 def low_rank(x: torch.Tensor, factors: LowRank) -> torch.Tensor:
     """`x [.., in]` -> the addition `[.., out]`, with gradients."""
+    if is_exact():
+        rows = x.reshape(-1, x.shape[-1])
+        made = linear(linear(rows, factors.down) * factors.scaling, factors.up.t())
+        return made.view(*x.shape[:-1], made.shape[-1])
     rank, width = factors.up.shape
     down, up = _filled_up(factors.down.t()).t(), _filled_up(factors.up)
     small = linear(x, down) if x.dim() == 2 else functional.linear(x, down)
@@ -42,7 +45,10 @@ def low_rank(x: torch.Tensor, factors: LowRank) -> torch.Tensor:
 
 def add_low_rank_(product: torch.Tensor, x: torch.Tensor, factors: LowRank | None) -> None:
     """Add to `product [n, out]`, in place and without gradient, what the factors make of `x [n, in]`."""
-    if factors is not None:
+    if factors is not None and is_exact():
+        small = product_in_tiles(x, factors.down.t()).mul_(factors.scaling)
+        product.add_(product_in_tiles(small, factors.up))
+    elif factors is not None:
         small = x @ _filled_up(factors.down.t())
         product.addmm_(small[:, : factors.down.shape[0]], factors.up, alpha=factors.scaling)
 

@@ -16,8 +16,11 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from keel.ops.numerics import TILE_ROWS, is_exact
+
 MIN_ROWS = 32
 """Below this, a call costs more than its product."""
+MIN_COLUMNS = 16
 _STEPS = 8
 
 
@@ -40,9 +43,31 @@ def product(left: torch.Tensor, right: torch.Tensor, *, rows: int, bias: torch.T
     return left @ right if bias is None else torch.addmm(bias, left, right)
 
 
+def product_in_tiles(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`left [M, K] @ right [K, N] + bias [N]` where a row's bits depend on that row alone; no gradient.
+
+    Every product has `TILE_ROWS` rows, the last filled up with zeros, and at least `MIN_COLUMNS` columns: in a narrower
+    one the bits of a row depend on where it lies in memory.
+    """
+    num_rows, num_columns = left.shape[0], right.shape[1]
+    if num_columns < MIN_COLUMNS:
+        right = functional.pad(right, (0, MIN_COLUMNS - num_columns))
+        bias = None if bias is None else functional.pad(bias, (0, MIN_COLUMNS - num_columns))
+    if num_rows % TILE_ROWS:
+        left = functional.pad(left, (0, 0, 0, -num_rows % TILE_ROWS))
+    parts = [product(tile, right, rows=TILE_ROWS, bias=bias) for tile in left.contiguous().split(TILE_ROWS)]
+    if not parts:
+        return left.new_zeros(0, num_columns)
+    made = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return made[:num_rows, :num_columns]
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear` with `product`: x `[T, in]`, weight `[out, in]`, bias `[out]` -> `[T, out]`."""
-    if not _goes_to_onednn(x, x.shape[0]):
+    """`torch.nn.functional.linear` with `product`: x `[T, in]`, weight `[out, in]`, bias `[out]` -> `[T, out]`.
+
+    Inside `exact_numerics`, with `product_in_tiles`.
+    """
+    if not is_exact() and not _goes_to_onednn(x, x.shape[0]):
         return functional.linear(x, weight, bias)
     out: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
@@ -69,6 +94,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
+        if is_exact():
+            return product_in_tiles(x, weight.t(), bias)
         return product(x, weight.t(), rows=x.shape[0], bias=bias)
 
     @staticmethod

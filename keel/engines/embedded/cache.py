@@ -19,6 +19,8 @@ import torch
 from torch.nn import functional
 
 from keel.ops.attention.decode import attend_cache, visible_mask
+from keel.ops.attention.exact import KEY_BLOCK, attend_tiles, tile_positions
+from keel.ops.numerics import is_exact
 
 ROW_BLOCK = 4
 """Rows per attention kernel call: of fewer than four query rows, the CPU's skinny product gives other bits in another
@@ -155,6 +157,9 @@ class CacheView:
         """
         keys, values = self._write(layer_idx, key[0], value[0])
         batch, rows = self.positions.shape
+        if is_exact():
+            by_chunk = query[0].transpose(0, 1).unflatten(0, (batch, rows))
+            return self._attend_exact(by_chunk, keys, values, sinks, scaling, window).flatten(0, 1).unsqueeze(0)
         if self.chunk_slots is None:
             keys, values = keys[:batch], values[:batch]
         else:
@@ -173,6 +178,35 @@ class CacheView:
             mask=self._mask(window, group + unused, query.dtype),
         )
         return _fewer_heads(out, group, unused).flatten(0, 1).unsqueeze(0)
+
+    def _attend_exact(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """`query [B, n, H, D]`, a layer's `keys` and `values [slots + 2, K, cap, D]` -> `[B, n, H, D]`, in tiles."""
+        (batch, rows), kv_heads = self.positions.shape, keys.shape[1]
+        places = tile_positions(query.shape[2] // kv_heads)
+        missing = -rows % places
+        tiles = functional.pad(query, (0, 0, 0, 0, 0, missing)).reshape(-1, places, *query.shape[2:])
+        positions = functional.pad(self.positions, (0, missing), value=-1).view(-1, places)
+        owners = None if self.chunk_slots is None else self.chunk_slots.repeat_interleave((rows + missing) // places)
+
+        def key_block(block: int, some: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            columns = slice(block * KEY_BLOCK, (block + 1) * KEY_BLOCK)
+            pair = (each[:, :, columns] for each in (keys, values))
+            if owners is None:
+                first, second = (each[some].flatten(0, 1) for each in pair)
+            else:
+                first, second = (each.index_select(0, owners[some]).flatten(0, 1) for each in pair)
+            return first, second
+
+        out, _ = attend_tiles(tiles, positions, key_block, kv_heads=kv_heads, sinks=sinks, scale=scaling, window=window)
+        return out.reshape(batch, rows + missing, *query.shape[2:])[:, :rows]
 
     def _write(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put `key` and `value [K, T, D]` where `write_rows` says."""

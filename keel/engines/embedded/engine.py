@@ -24,7 +24,7 @@ from keel.engines.base import (
 )
 from keel.engines.embedded.cache import SlotCache
 from keel.engines.embedded.checks import problem_with, refusal
-from keel.engines.embedded.passes import Passes, evaluation_mode, whole_rows
+from keel.engines.embedded.passes import ROW_MULTIPLE, Passes, evaluation_mode, whole_rows
 from keel.engines.embedded.results import as_routes, keep_routes, result_of
 from keel.engines.embedded.sampling import draw, seed_state, uniforms
 from keel.engines.embedded.scheduler import Scheduler
@@ -77,14 +77,15 @@ class EmbeddedEngine:
         self.num_slots = config.slots
         self.shares_weights = shares_weights
         parameter = next(policy.parameters())
-        rows = whole_rows(config.slots)
+        multiple = TILE_ROWS if policy.exact else ROW_MULTIPLE
+        rows = whole_rows(config.slots, multiple)
         chunk = SHORT_CHUNK if self.capacity <= LONG_CAPACITY else LONG_CHUNK
-        tile_rows = whole_rows(config.prefill_tile)
+        tile_rows = whole_rows(config.prefill_tile, multiple)
         self._dense = info.num_moe_layers == 0
         with_routes = config.return_routes and not self._dense
         self._cache = SlotCache.allocate(
             rows,
-            self.capacity,
+            whole_rows(self.capacity, KEY_BLOCK) if policy.exact else self.capacity,
             num_layers=info.num_layers,
             num_kv_heads=info.num_kv_heads,
             head_dim=info.head_dim,
@@ -303,7 +304,8 @@ class EmbeddedEngine:
             return
         uniform = uniforms(table.seed_state, table.known)
         wanted = scheduler.support_rows(np.flatnonzero(ready).tolist())
-        draws = draw(self._passes.logits(hidden), table.temperature, table.top_k, table.top_p, uniform, wanted)
+        settings = (table.temperature, table.top_k, table.top_p)
+        draws = draw(self._passes.logits(hidden), *settings, uniform, wanted, exact=self.policy.exact)
         self.num_drawn += int(ready.sum())
         for ended in scheduler.take_draws(ready, draws):
             self._settle(ended.job, ended.reason)

@@ -53,6 +53,8 @@ def draw(
     top_p: np.ndarray,
     uniform: np.ndarray,
     support_rows: Container[int] = (),
+    *,
+    exact: bool = False,
 ) -> Draws:
     """Draw a token for every row of `logits [R, V]`; the settings and `uniform` are `[R]`.
 
@@ -61,6 +63,7 @@ def draw(
     Temperature 0 takes the most likely token (the first of equals) with log-prob 0. Like the usual warpers: top-k keeps
     every token that ties with the k-th; top-p keeps the most likely tokens up to and including the one with which
     their share reaches top_p, of what top-k left; then probabilities are made to sum to one again.
+    With `exact`, log-probs are made as the learner makes them, in the type of `logits`, to the bit.
     """
     device = logits.device
     greedy = temperature == 0.0
@@ -69,6 +72,7 @@ def draw(
     threshold = torch.from_numpy(uniform).to(device)
     tokens, shares = _draw_whole(scaled, threshold)
     support: dict[int, np.ndarray] = {}
+    left_out = torch.zeros((), dtype=torch.bool)
     cut = np.flatnonzero(~greedy & ((top_p < 1.0) | ((top_k > 0) & (top_k < logits.shape[1]))))
     if cut.size:
         rows = torch.from_numpy(cut).to(device)
@@ -76,22 +80,30 @@ def draw(
         order, weights = _cut(scaled[rows], *limits)
         place, shares[rows] = _invert(weights, threshold[rows])
         tokens[rows] = order.gather(-1, place[:, None]).squeeze(-1)
+        left_out = torch.ones_like(weights, dtype=torch.bool).scatter_(-1, order, weights <= 0)
         wanted = [index for index, row in enumerate(cut.tolist()) if row in support_rows]
         support = {int(cut[index]): order[index][weights[index] > 0].cpu().numpy() for index in wanted}
     if greedy.any():
         rows = torch.from_numpy(np.flatnonzero(greedy)).to(device)
         tokens[rows], shares[rows] = scaled[rows].argmax(dim=-1), 1.0
     finite = torch.isfinite(logits.sum(dim=-1))
-    return Draws(tokens.cpu().numpy(), _logs(shares), finite.cpu().numpy(), support)
+    if not exact:
+        return Draws(tokens.cpu().numpy(), _logs(shares), finite.cpu().numpy(), support)
+    narrow = logits / scale[:, None].to(logits.dtype)
+    for index, row in enumerate(cut.tolist()):
+        narrow[row, left_out[index]] = float("-inf")
+    logprobs = torch.log_softmax(narrow, dim=-1).gather(-1, tokens[:, None])[:, 0]
+    logprobs = logprobs.masked_fill_(torch.from_numpy(greedy).to(device), 0.0)
+    return Draws(tokens.cpu().numpy(), logprobs.double().cpu().numpy(), finite.cpu().numpy(), support)
 
 
-def logprobs_of(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Log-probs `[R]` at temperature 1 of `labels [R]` under `logits [R, V]`, float64.
+def logprobs_of(logits: torch.Tensor, labels: torch.Tensor, *, exact: bool = False) -> np.ndarray:
+    """Log-probs `[R]` at temperature 1 of `labels [R]` under `logits [R, V]`, float64; with `exact` as the learner's.
 
     A label too unlikely for a float64 probability is still right: it is never drawn, but may be scored.
     """
-    logprobs = torch.log_softmax(logits.to(torch.float64), dim=-1).gather(-1, labels[:, None])
-    values: np.ndarray = logprobs.squeeze(-1).cpu().numpy()
+    logprobs = torch.log_softmax(logits if exact else logits.to(torch.float64), dim=-1).gather(-1, labels[:, None])
+    values: np.ndarray = logprobs.squeeze(-1).double().cpu().numpy()
     return values
 
 

@@ -57,7 +57,7 @@ class Scorer:
             with evaluation_mode(self._policy):
                 hidden = self._passes.score_tile(token_ids[start:stop], start)
                 labels = torch.from_numpy(token_ids[start + 1 : stop + 1]).to(hidden.device)
-                parts.append(logprobs_of(self._passes.logits(hidden)[: len(labels)], labels))
+                parts.append(logprobs_of(self._passes.logits(hidden)[: len(labels)], labels, exact=self._policy.exact))
             start = stop
             await asyncio.sleep(0)
             if self._epoch() != epoch:

@@ -74,6 +74,7 @@ def server_arguments(
         *("--tensor-parallel-size", str(config.tensor_parallel)),
         *("--worker-extension-cls", WORKER_EXTENSION),
         "--disable-uvicorn-access-log",
+        "--enable-prompt-tokens-details",
     ]
     if config.enforce_eager:
         arguments.append("--enforce-eager")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from keel.config import EngineConfig, ModelConfig
+from keel.config_vllm import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from keel.engines.base import (
     EngineCapabilities,
     EngineError,
@@ -32,8 +33,6 @@ from keel.engines.vllm.turns import Turns
 from keel.sync.base import SyncError
 
 T = TypeVar("T")
-LEAST_TEMPERATURE = 0.01
-"""vLLM takes a temperature between 0 and this for this one."""
 
 
 class VllmEngine:
@@ -59,8 +58,11 @@ class VllmEngine:
         model's configuration that it takes otherwise. Raises EngineError if it does not come up, serves another model,
         another tokenizer or shorter sequences, or returns no log-probs of what it draws.
         """
-        settings = self._config = config.vllm
         self._return_routes = config.return_routes
+        remote = ("--trust-remote-code",) if model.trust_remote_code else ()
+        revision = ("--revision", model.revision) if model.revision else ()
+        settings = config.vllm.model_copy(update={"args": (*config.vllm.args, *remote, *revision)})
+        self._config = settings
         self.capacity = config.max_sequence_tokens or max_sequence_tokens
         self._turns = Turns(settings.max_concurrency)
         self._numbers = itertools.count()
@@ -97,7 +99,7 @@ class VllmEngine:
             max_restarts=settings.max_restarts,
             sleeps=self.facts.sleeps and server is not None,
         )
-        self.vocab_size = self.facts.vocab_size or read_vocab_size(model.path)
+        self.vocab_size = read_vocab_size(model)
 
     # ---- the protocol
 
@@ -181,6 +183,7 @@ class VllmEngine:
             keeps_prefix=facts.keeps_prefix,
             shares_weights=False,
             weight_sources=("file", "gloo", *(() if facts.on_cpu else ("nccl",))) if pushed else (),
+            weight_receivers=facts.num_workers,
             deterministic=facts.batch_invariant and facts.can_seed,
             cache_bytes=facts.cache_bytes,
             returns_support=facts.logprobs == "processed",
@@ -210,8 +213,11 @@ class VllmEngine:
         sampling = request.sampling
         if request.session_id in self._sessions:
             return f"session {request.session_id!r} is still busy with another request; await that first"
-        if 0 < sampling.temperature < LEAST_TEMPERATURE:
-            return f"temperature is {sampling.temperature}; vLLM would take {LEAST_TEMPERATURE} for it. Set 0 or that"
+        if 0 < sampling.temperature < LEAST_TEMPERATURE or sampling.temperature > MOST_TEMPERATURE:
+            return (
+                f"temperature is {sampling.temperature}; vLLM draws at 0, or from {LEAST_TEMPERATURE} to "
+                f"{MOST_TEMPERATURE}. Set one of these"
+            )
         if self.facts.logprobs == "raw" and (sampling.is_cut or sampling.temperature not in (0.0, 1.0)):
             return (
                 f"the server returns raw log-probs, which are not those of {sampling}; start it with --logprobs-mode "

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from keel.config_vllm import SUPPORT_SLACK
 from keel.engines.base import DrawnSpan, EngineError, GenerateRequest, GenerateResult
 from keel.types import FinishReason, Routes, SamplingSettings, Support
 
@@ -24,8 +25,6 @@ Dialect = Literal["generate", "completions"]
 
 FLOOR = -9000.0
 """JSON has no minus infinity: the server writes -9999."""
-SUPPORT_SLACK = 12
-"""Tokens asked for beyond top-k: those that tie with the last one are drawn from too."""
 MASS_TOLERANCE = 1e-3
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from keel.engines.base import EngineError
 from keel.engines.vllm.client import ServerAnswerError, VllmClient
-from keel.engines.vllm.exchange import Dialect, read_answer
+from keel.engines.vllm.exchange import FLOOR, Dialect
 
 LogprobsMode = Literal["processed", "raw"]
 
 TRIED_TOKENS = (1, 2, 3)
-HOT = 100.0
+HOT = 2.0
 DEFAULT_MAX_LOGPROBS = 20
 
 
@@ -32,7 +32,6 @@ class ServerFacts:
     dialect: Dialect
     logprobs: LogprobsMode
     max_logprobs: int
-    vocab_size: int = 0
     dtype: str | None = None
     quantization: str | None = None
     on_cpu: bool | None = None
@@ -44,6 +43,7 @@ class ServerFacts:
     sleeps: bool = False
     tells: bool = False
     takes_weights: bool = False
+    num_workers: int = 1
     cache_bytes: int = 0
 
     @property
@@ -93,7 +93,6 @@ async def _with_told(client: VllmClient, facts: ServerFacts) -> ServerFacts:
         facts,
         tells=True,
         max_logprobs=_or(model.get("max_logprobs"), DEFAULT_MAX_LOGPROBS),
-        vocab_size=_vocab_size(model),
         dtype=str(model.get("dtype", "")).removeprefix("torch.") or None,
         quantization=model.get("quantization"),
         on_cpu=str(device.get("device_type") or device.get("device")) == "cpu",
@@ -104,6 +103,7 @@ async def _with_told(client: VllmClient, facts: ServerFacts) -> ServerFacts:
         batch_invariant=str(variables.get("VLLM_BATCH_INVARIANT")) in ("1", "True"),
         sleeps=bool(model.get("enable_sleep_mode")),
         takes_weights="keel_vllm_worker" in str(parallel.get("worker_extension_cls")),
+        num_workers=max(1, _or(parallel.get("world_size"), 1)),
         cache_bytes=_or(cache.get("kv_cache_memory_bytes"), 0),
     )
 
@@ -115,14 +115,6 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _or(value: Any, otherwise: int) -> int:
     return value if isinstance(value, int) and value >= 0 else otherwise
-
-
-def _vocab_size(model: Mapping[str, Any]) -> int:
-    for name in ("hf_text_config", "hf_config"):
-        size = _section(model, name).get("vocab_size")
-        if isinstance(size, int):
-            return size
-    return 0
 
 
 async def _find_dialect(client: VllmClient, model: str) -> Dialect:
@@ -137,27 +129,34 @@ async def _find_dialect(client: VllmClient, model: str) -> Dialect:
 
 
 async def _try_logprobs(client: VllmClient, facts: ServerFacts) -> LogprobsMode:
-    """Processed or raw? One candidate left by top-k has probability 1, two at a very high temperature have one half
-    each, if log-probs are those of the distribution drawn from. Raw ones are whatever the model says."""
-    values = [await _draw(client, facts, [token], temperature=1.0, top_k=1) for token in TRIED_TOKENS]
-    halves = [await _draw(client, facts, [token], temperature=HOT, top_k=2) for token in TRIED_TOKENS]
-    if all(abs(value) < 1e-5 for value in values) and all(abs(value - math.log(0.5)) < 0.25 for value in halves):
+    """Processed or raw? If log-probs are those of the distribution drawn from, the two candidates that top-k leaves
+    have all of the probability and the third has none; raw ones are whatever the model says. Several prompts tell."""
+    rows = [await _draw(client, facts, [token], top_k=2, num_tops=3) for token in TRIED_TOKENS]
+    left = [[value for value in row if value > FLOOR] for row in rows]
+    mass = [math.fsum(math.exp(min(value, 1.0)) for value in values) for values in left]
+    if all(len(values) <= 2 and abs(total - 1.0) < 1e-4 for values, total in zip(left, mass, strict=True)):
         return "processed"
-    if all(value <= 1e-6 for value in (*values, *halves)):
+    if all(total < 1.0 + 1e-4 for total in mass):
         return "raw"
     raise EngineError(
-        f"vllm: {client.url} returns {values[0]:g} for a token that alone could be drawn: that is no log-prob; start "
-        "it with --logprobs-mode processed_logprobs"
+        f"vllm: {client.url} returns {rows[0]} for the most likely tokens: these are no log-probs; start it with "
+        "--logprobs-mode processed_logprobs"
     )
 
 
-async def _draw(client: VllmClient, facts: ServerFacts, prompt: list[int], *, temperature: float, top_k: int) -> float:
-    """The log-prob that comes with one drawn token."""
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": 1.0, "max_tokens": 1, "logprobs": 0}
+async def _draw(client: VllmClient, facts: ServerFacts, prompt: list[int], *, top_k: int, num_tops: int) -> list[float]:
+    """The log-probs that come with one draw, of `num_tops` tokens."""
+    settings = {"temperature": HOT, "top_k": top_k, "top_p": 1.0, "max_tokens": 1, "logprobs": num_tops}
     if facts.dialect == "generate":
         body = {"model": facts.model, "token_ids": prompt, "sampling_params": {**settings, "detokenize": False}}
         answer = await client.generate(body)
     else:
         extra = {"return_token_ids": True, "return_tokens_as_token_ids": True}
         answer = await client.complete({"model": facts.model, "prompt": prompt, **settings, **extra})
-    return read_answer(answer, facts.dialect).logprobs[0]
+    try:
+        (choice,) = answer["choices"]
+        if facts.dialect == "generate":
+            return [float(top["logprob"]) for top in choice["logprobs"]["content"][0]["top_logprobs"]]
+        return [float(value) for value in choice["logprobs"]["top_logprobs"][0].values()]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"vllm: {client.url} returns no log-probs ({type(error).__name__}: {error})") from error

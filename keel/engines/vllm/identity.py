@@ -19,10 +19,17 @@ PROBE_TEXT = "<|start|>user<|message|>Two plus 2 = four, naïve façade 数\n\te
 COMPARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-def read_vocab_size(path: str) -> int:
-    """Tokens in the vocabulary of the model at `path`, a directory or a hub id."""
-    config = AutoConfig.from_pretrained(path)
-    return int(config.get_text_config().vocab_size)
+def read_config(model: ModelConfig) -> Any:
+    """The `transformers` configuration of the model's text half."""
+    whole = AutoConfig.from_pretrained(
+        model.path, revision=model.revision or None, trust_remote_code=model.trust_remote_code
+    )
+    return whole.get_text_config()
+
+
+def read_vocab_size(model: ModelConfig) -> int:
+    """Tokens in the model's vocabulary."""
+    return int(read_config(model).vocab_size)
 
 
 def push_problem(facts: ServerFacts, config: VllmConfig) -> str | None:
@@ -72,7 +79,7 @@ async def _check_model(client: VllmClient, facts: ServerFacts, model: ModelConfi
     file = Path(facts.root) / "config.json"
     if not told and file.is_file():
         told = json.loads(file.read_text(encoding="utf-8"))
-    wanted = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    wanted = read_config(model)
     for name in COMPARED:
         theirs, ours = told.get(name), getattr(wanted, name, None)
         if isinstance(theirs, int) and ours is not None and theirs != ours:

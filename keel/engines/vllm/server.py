@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -29,7 +30,10 @@ from keel.engines.vllm.command import (
 )
 
 GRACE_S = 10.0
-LOG_LINES_SHOWN = 30
+LOG_LINES_SHOWN = 12
+ERRORS_SHOWN = 3
+LOG_BYTES_READ = 16 * 2**20
+ERROR = re.compile(r"\b[A-Za-z.]*(?:Error|Exception): .+")
 POLL_S = 0.2
 
 
@@ -113,11 +117,16 @@ class VllmServer:
         return not self.alive()
 
     def log_tail(self, lines: int = LOG_LINES_SHOWN) -> str:
-        """The last lines that this server printed, control characters spelled out."""
+        """The errors that this server named, and the last lines that it printed; control characters spelled out.
+
+        Its first error is the cause, and stands in one process's output long before the last line of another's.
+        """
         with self.log_path.open("rb") as log:
             log.seek(self._log_start)
-            text = log.read()[-64 * 1024 :].decode(errors="replace")
-        shown = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+            text = log.read(LOG_BYTES_READ).decode(errors="replace")
+        printed = [line.rstrip() for line in text.splitlines() if line.strip()]
+        errors = dict.fromkeys(found.group() for line in printed if (found := ERROR.search(line)))
+        shown = [*list(errors)[:ERRORS_SHOWN], "...", *printed[-lines:]] if errors else printed[-lines:]
         return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in shown)
 
     def close(self) -> None:
