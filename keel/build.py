@@ -176,12 +176,14 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     run.note(describe_start(make_plan(config)))
     if told := describe_planted(config.engine.distortions, config.learner.distortions):
         run.note(f"warning: {told}")
-    with assemble(config, factory, model) as parts, run.progress.watching(parts.watched()):
+    with assemble(config, factory, model, logs=run.paths.root) as parts, run.progress.watching(parts.watched()):
         yield parts
 
 
 @contextmanager
-def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> Iterator[Parts]:
+def assemble(
+    config: TrainConfig, factory: EnvFactory, model: ModelConfig, *, logs: Path | None = None
+) -> Iterator[Parts]:
     """The parts of `config` around the model of `model.path`, without a run directory; closed again in the end."""
     tokenizer = load_tokenizer(model.path, revision=model.revision)
     chat = make_chat(config.chat, tokenizer)
@@ -190,7 +192,7 @@ def assemble(config: TrainConfig, factory: EnvFactory, model: ModelConfig) -> It
         stack.callback(learner.close)
         loop = LoopThread()
         stack.callback(loop.close)
-        engine = make_engine(config, model, learner)
+        engine = make_engine(config, model, learner, logs=logs)
         stack.callback(lambda: loop.run(engine.close()))
         identity = identity_of_model(model)
         check_engine(config, engine.capabilities(), identity)
@@ -282,18 +284,20 @@ def make_learner(config: TrainConfig, model: ModelConfig) -> LearnerLike:
     return LearnerGroup(model, config.learner, seed=config.seed, devices=devices)
 
 
-def make_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | None) -> Engine:
+def make_engine(
+    config: TrainConfig, model: ModelConfig, learner: LearnerLike | None, *, logs: Path | None = None
+) -> Engine:
     """The engine of `config`, with the faults of `engine.distortions` planted in it, if there are any."""
     if not config.engine.distortions:
-        return _plain_engine(config, model, learner)
+        return _plain_engine(config, model, learner, logs)
 
     def make(path: Path) -> Engine:
-        return _plain_engine(config, model.model_copy(update={"path": str(path), "revision": ""}), learner)
+        return _plain_engine(config, model.model_copy(update={"path": str(path), "revision": ""}), learner, logs)
 
     return distort_engine(make, model.path, config.engine.distortions)
 
 
-def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | None) -> Engine:
+def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike | None, logs: Path | None) -> Engine:
     """The engine of `config` on the weights of `model`.
 
     An embedded one in the process of a learner with one rank samples from the learner's own modules. Any other has
@@ -307,6 +311,12 @@ def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike 
     version = 0 if learner is None else learner.version
     device = resolve_device(config.device)
     if engine.process == "separate":
+    if engine.id == "vllm":
+        from keel.engines.vllm.engine import VllmEngine
+
+        version = 0 if learner is None else learner.version
+        log_path = None if logs is None else logs / "vllm.log"
+        return VllmEngine(model, engine, max_sequence_tokens=limit, version=version, log_path=log_path)
         # The number in force here, set or torch's own choice: other threads, other bits.
         num_threads = torch.get_num_threads()
         return EngineProcess(
