@@ -330,17 +330,12 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         "the engine's sequences are shorter than the rollout's",
         "raise engine.max_sequence_tokens, or leave it out",
     )
-    for option, wrong, value in (
-        ("rollout.top_p", rollout.top_p != 1.0, "1.0"),
-        ("rollout.top_k", rollout.top_k != 0, "0"),
-    ):
-        refuse(
-            training and wrong,
-            (option,),
-            "training needs untruncated sampling: the learner does not yet replay the cut distribution, so its "
-            "log-probs would be those of another policy",
-            f"set {option} = {value}",
-        )
+    refuse(
+        training and rollout.top_k == 1,
+        ("rollout.top_k",),
+        "one token is left to choose from, so every attempt at a task is alike and its log-probs are 0",
+        "set top_k to 2 or more, or to 0 for no limit",
+    )
     refuse(
         training and rollout.temperature == 0,
         ("rollout.temperature",),
@@ -426,6 +421,18 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
         "dropout makes the forward pass random: the policy that learns would not be the one that acted, and the ratio "
         "not 1",
         "set dropout = 0; weight decay and a small rank are what regularizes here",
+    )
+    refuse(
+        lora.rank > 0 and config.model.router.frozen and (not lora.targets or "router" in lora.targets),
+        ("model.router.frozen", "model.lora.targets"),
+        "an adapter on routers that are to stay as they are",
+        "name model.lora.targets without 'router': with an adapter the weights under it never change",
+    )
+    refuse(
+        config.model.router.dtype == "float32" and engine.id == "vllm" and config.model.dtype != "float32",
+        ("model.router.dtype", "engine.id"),
+        "vLLM computes router logits in the model's own type",
+        'set model.router.dtype = "model", or engine.id = "embedded"',
     )
     refuse(
         lora.rank > 0 and algo.kl.coefficient > 0 and config.warm_start.steps > 0,

@@ -8,13 +8,14 @@ import os
 import signal
 import threading
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from keel.config import EngineConfig, ModelConfig
 from keel.dist.stacks import write_stacks_when_asked
 from keel.engines.base import EngineError
+from keel.engines.identity import identity_of
 from keel.sync.base import SyncError
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
     except Exception as error:  # noqa: BLE001  (whatever it was, the parent must be told)
         connection.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
         return
-    connection.send(("ready", engine.capabilities()))
+    model = spec.model
+    identity = identity_of(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    connection.send(("ready", replace(engine.capabilities(), identity=identity)))
     asyncio.run(_Server(connection, engine, parent).serve())
 
 

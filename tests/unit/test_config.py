@@ -48,8 +48,9 @@ def test_a_plugin_can_be_a_bare_name():
 IMPOSSIBLE = [
     ({"rollout": {"max_new_tokens": 64, "max_sequence_tokens": 64}}, "no room for a prompt"),
     ({"engine": {"max_sequence_tokens": 100}}, "shorter than the rollout's"),
-    ({"rollout": {"top_p": 0.9}}, "untruncated sampling"),
-    ({"rollout": {"top_k": 20}}, "untruncated sampling"),
+    ({"rollout": {"top_k": 1}}, "one token is left"),
+    ({"model": {"router": {"frozen": True}, "lora": {"rank": 4}}}, "routers that are to stay"),
+    ({"model": {"router": {"dtype": "float32"}, "dtype": "bfloat16"}, "engine": {"id": "vllm"}}, "model's own type"),
     ({"rollout": {"temperature": 0.0}}, "greedy attempts"),
     ({"rollout": {"group_size": 1}}, "single attempt"),
     ({"rollout": {"max_staleness": 1}}, "never behind"),

@@ -26,7 +26,7 @@ FLOOR_FOUR |= {
     "keel.replay",
     "keel.bench",
 }
-FLOOR_FOUR |= {"keel.device", "keel.step_watch", "keel.plan_memory", "keel.evaluation_result"}
+FLOOR_FOUR |= {"keel.engine_checks", "keel.device", "keel.step_watch", "keel.plan_memory", "keel.evaluation_result"}
 LIGHT = {"pydantic", "rich", "tomlkit", "psutil"}
 
 # room -> (rooms of Keel it may enter, other packages it may import). A room may always enter itself and the standard
