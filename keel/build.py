@@ -54,7 +54,7 @@ from keel.rollouts.demonstrate import DemonstrationSource
 from keel.rollouts.loop_thread import LoopThread
 from keel.sources import save_sources
 from keel.step_watch import StepWatch
-from keel.sync.publish import publish
+from keel.sync.publisher import Publisher
 from keel.tiny_start import build_tiny_start, named_demonstrations
 from keel.types import Group
 
@@ -90,6 +90,7 @@ class Parts:
     sources: Mapping[str, GroupSource]
     monitor: Monitor
     consistency: Consistency
+    publisher: Publisher
     loop: LoopThread
     device: torch.device
     frees_cache: bool = False  # whether the engine gives its keys and values back while the learner learns
@@ -126,9 +127,12 @@ class Parts:
         ranks = self.learner.processes if isinstance(self.learner, LearnerGroup) else []
         return [ChildProcess(*each) for each in (*found, *ranks)]
 
-    def publish(self) -> None:
-        """Give the engine the learner's weights under the learner's version."""
-        publish(self.learner, self.engine, self.learner.version, run=self.loop.run)
+    def publish(self) -> dict[str, float]:
+        """Give the engine the learner's weights under the learner's version; what a check that was due measured.
+
+        Raises StaleWeightsError if it says that they did not arrive.
+        """
+        return self.publisher.publish(self.learner, self.engine)
 
     def save(self, run: RunLog, keep: int) -> None:
         """A checkpoint of everything after `learner.step` steps; older ones beyond `keep` go."""
@@ -214,10 +218,12 @@ def assemble(
             stack.callback(source.close)
         device = resolve_device(config.device)
         frees = frees_cache(config, device)
+        publisher = make_publisher(config, model, loop)
         planted = planted_metrics(config.engine.distortions, config.learner.distortions)
         monitor = make_monitor(config.monitor, [PlantedFaults()] if planted else [])
         consistency = Consistency(config.monitor, tokenizer.decode)
-        yield Parts(learner, engine, collector, sources, monitor, consistency, loop, device, frees, planted, identity=identity)
+        told = (frees, planted, identity)
+        yield Parts(learner, engine, collector, sources, monitor, consistency, publisher, loop, device, *told)
 
 
 @contextmanager
@@ -305,18 +311,18 @@ def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike 
     """
     engine: EngineConfig = config.engine
     limit = config.rollout.max_sequence_tokens
-    if engine.id != "embedded":
-        made: Engine = plugins.resolve(engine.id, "keel.engines")(model, engine, max_sequence_tokens=limit)
-        return made
-    version = 0 if learner is None else learner.version
-    device = resolve_device(config.device)
-    if engine.process == "separate":
     if engine.id == "vllm":
         from keel.engines.vllm.engine import VllmEngine
 
         version = 0 if learner is None else learner.version
         log_path = None if logs is None else logs / "vllm.log"
         return VllmEngine(model, engine, max_sequence_tokens=limit, version=version, log_path=log_path)
+    if engine.id != "embedded":
+        made: Engine = plugins.resolve(engine.id, "keel.engines")(model, engine, max_sequence_tokens=limit)
+        return made
+    version = 0 if learner is None else learner.version
+    device = resolve_device(config.device)
+    if engine.process == "separate":
         # The number in force here, set or torch's own choice: other threads, other bits.
         num_threads = torch.get_num_threads()
         return EngineProcess(
@@ -328,6 +334,21 @@ def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike 
         return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=version)
     policy = load_policy(model, device)
     return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=version, shares_weights=False)
+
+
+def make_publisher(config: TrainConfig, model: ModelConfig, loop: LoopThread) -> Publisher:
+    """How the learner's weights of `model` reach the engine, and when it is checked that they did."""
+    info = read_model_config(model)[1]
+    attached = config.engine.id == "vllm" and bool(config.engine.vllm.url)
+    return Publisher(
+        config.sync,
+        run=loop.run,
+        dtype=model.dtype,
+        vocab_size=info.vocab_size,
+        window=max((window or 0 for window in info.layer_windows), default=0),
+        attached=attached,
+        may_perturb=not attached or config.engine.vllm.allow_weight_push,
+    )
 
 
 def make_reward(config: EnvConfig) -> Reward | None:

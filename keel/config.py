@@ -224,6 +224,7 @@ class TrainConfig(Section):
     env: EnvConfig = Field(default_factory=EnvConfig, description="where tasks and rewards come from")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="how episodes are produced")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="who samples")
+    sync: SyncConfig = Field(default_factory=SyncConfig, description="new weights from the learner to the engine")
     algo: AlgoConfig = Field(default_factory=AlgoConfig, description="what is optimized")
     batch: BatchConfig = Field(default_factory=BatchConfig, description="packing")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer of reinforcement")
@@ -448,6 +449,7 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
             "the learning rate would never finish warming up",
             f"lower {optim}.warmup_steps",
         )
+    refuse_with_vllm(config, refuse)
     return found
 
 
@@ -456,4 +458,3 @@ def _value_at(config: BaseModel, dotted: str) -> Any:
     for name in dotted.split("."):
         value = getattr(value, name)
     return value
-    refuse_with_vllm(config, refuse)

@@ -91,11 +91,11 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
     updates, stats, verdict = take_updates(learner, parts.monitor, batch, watch)
 
     watch.enter("publish")
-    parts.publish()
+    published = parts.publish()
     watch.enter("record")
     write_records(run, config, stage, step, groups, batch, updates)
     gap = parts.consistency.look(step, batch, updates)
-    row = {**source.metrics, **mean_metrics(updates), **gap.metrics, **stats, **watch.figures()}
+    row = {**source.metrics, **mean_metrics(updates), **gap.metrics, **stats, **published, **watch.figures()}
     run.log_step(step, row, stage=stage.name)
     run.log_worst_tokens(gap.rows(), step=step, stage=stage.name)
     for alarm in parts.monitor.watch(stage.name, step, row):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -66,6 +66,14 @@ class LearnerLike(Protocol):
     def apply(self, update: Update, verdict: Verdict) -> dict[str, float]: ...
 
     def weights_to(self, source: WeightSource) -> None: ...
+
+    def weight_names(self) -> tuple[str, ...]: ...
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]: ...
+
+    def change_weights(self, names: Sequence[str], change: Literal["noise", "zero"], seed: int) -> None: ...
+
+    def restore_weights(self) -> None: ...
 
     def export(self, path: str | Path) -> None: ...
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 
@@ -106,6 +106,20 @@ class LearnerGroup:
         if source.kind == "shared":
             raise LearnerError("a learner of several ranks has no storage to share; publish its weights by file")
         self._call("weights_to", source)
+
+    def weight_names(self) -> tuple[str, ...]:
+        names: tuple[str, ...] = self._call("weight_names")[0]
+        return names
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
+        scored: tuple[tuple[float, ...], ...] = self._call("score_tokens", sequences)[0]
+        return scored
+
+    def change_weights(self, names: Sequence[str], change: Literal["noise", "zero"], seed: int) -> None:
+        self._call("change_weights", names, change, seed)
+
+    def restore_weights(self) -> None:
+        self._call("restore_weights")
 
     def export(self, path: str | Path) -> None:
         self._call("export", str(Path(path).resolve()))

@@ -18,7 +18,7 @@ from keel.batch import MicroBatch, PackedBatch
 from keel.config import LearnerConfig, ModelConfig, Stage
 from keel.dist.ranks import Ranks
 from keel.dist.shard import shard_policy
-from keel.learner import state
+from keel.learner import probe, state
 from keel.learner.base import LearnerError, Update
 from keel.learner.distorted import distort_learner
 from keel.learner.gradient import Objective, update_metrics
@@ -113,6 +113,7 @@ class Learner:
         self.reference: dict[str, torch.Tensor] | None = None  # local parts, in the parameters' own types
         self._objective: Objective | None = None
         self._serial = 0
+        self._changed: dict[str, torch.Tensor] = {}  # own values of what `change_weights` changed
         self.micro_batches = 0
         """Micro-batches begun so far: grows while a long pass goes on."""
 
@@ -242,9 +243,9 @@ class Learner:
         if not skipped and update.num_loss_tokens > 0:
             self.optimizer.step(lr, factor)
             self.version += 1
-        self.optimizer.zero()
             if self._planted is not None:
                 self._planted.new_version()
+        self.optimizer.zero()
         self._serial += 1  # this gradient is used up
         self.num_skipped += skipped
         self.step += update.last
@@ -269,6 +270,22 @@ class Learner:
         elif self.ranks.first:
             send_weights(source.location, weights, version=self.version, timeout_s=TIMEOUT_S, adapter=adapter)
         self.ranks.barrier()
+
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of what `weights_to` sends."""
+        return tuple(self.parameters())
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
+        """Of each sequence of n tokens, n - 1 log-probs at temperature 1. Every rank must call it."""
+        return probe.score_tokens(self, sequences)
+
+    def change_weights(self, names: Sequence[str], change: probe.Change, seed: int) -> None:
+        """Change weights until `restore_weights`: add noise, or set them to zero. Every rank must call it."""
+        probe.change_weights(self, names, change, seed, self._changed)
+
+    def restore_weights(self) -> None:
+        """Undo all changes, to the bit."""
+        probe.restore_weights(self, self._changed)
 
     def export(self, path: str | Path) -> None:
         """Write the policy as an ordinary Hugging Face directory, tokenizer included."""
