@@ -38,7 +38,8 @@ TOKENIZER_FILES = (
 
 def export(learner: Learner, path: Path) -> None:
     """Write the policy, or its adapter, as a Hugging Face directory; every rank must call it, the first one writes."""
-    whole = {name: learner.ranks.gather(learner.ranks.local(p.detach()), p.detach()) for name, p in _named(learner)}
+    exported = _named(learner) if learner.policy.adapter else _all_named(learner)
+    whole = {name: learner.ranks.gather(learner.ranks.local(p.detach()), p.detach()) for name, p in exported}
     if learner.ranks.first:
         path.mkdir(parents=True, exist_ok=True)
         learner.policy.save(path, state_dict=whole if learner.policy.adapter else _with_tied(learner, whole))
@@ -128,10 +129,17 @@ def _named(learner: Learner) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return iter(learner.parameters().items())
 
 
+def _all_named(learner: Learner) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """What is trained and what stays as it is, such as frozen routers; tied ones once."""
+    yield from _named(learner)
+    own = {id(parameter) for parameter in learner.parameters().values()}
+    yield from ((name, p) for name, p in learner.policy.model.named_parameters() if id(p) not in own)
+
+
 def _with_tied(learner: Learner, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`whole` under every name of the state dict: a tied tensor has two, buffers are no parameters."""
     result = dict(whole)
-    owners = {id(parameter): name for name, parameter in _named(learner)}
+    owners = {id(parameter): name for name, parameter in _all_named(learner)}
     for name, parameter in learner.policy.model.named_parameters(remove_duplicate=False):
         result.setdefault(name, whole[owners[id(parameter)]])
     for name, tensor in learner.policy.model.state_dict().items():
