@@ -46,6 +46,7 @@ from keel.learner.learner import Learner
 from keel.monitor.planted import PlantedFaults
 from keel.monitor.progress import ChildProcess, Progress, Watched
 from keel.monitor.rules import Monitor, make_monitor
+from keel.ops.numerics import deterministic_algorithms
 from keel.plan import describe_start, make_plan, read_model_config
 from keel.report.live import LiveReport
 from keel.rewards.base import Reward
@@ -192,6 +193,7 @@ def assemble(
     tokenizer = load_tokenizer(model.path, revision=model.revision)
     chat = make_chat(config.chat, tokenizer)
     with ExitStack() as stack:
+        stack.enter_context(deterministic_algorithms(config.numerics == "exact"))
         learner = make_learner(config, model)
         stack.callback(learner.close)
         loop = LoopThread()
@@ -286,7 +288,7 @@ def make_learner(config: TrainConfig, model: ModelConfig) -> LearnerLike:
     """One process, or a group of ranks behind the same methods."""
     devices = rank_devices(config.device, config.learner.ranks)
     if config.learner.ranks == 1:
-        return Learner(model, config.learner, seed=config.seed, device=devices[0])
+        return Learner(model, config.learner, seed=config.seed, device=devices[0], numerics=config.numerics)
     return LearnerGroup(model, config.learner, seed=config.seed, devices=devices)
 
 
@@ -326,13 +328,19 @@ def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike 
         # The number in force here, set or torch's own choice: other threads, other bits.
         num_threads = torch.get_num_threads()
         return EngineProcess(
-            model, engine, max_sequence_tokens=limit, version=version, num_threads=num_threads, device=str(device)
+            model,
+            engine,
+            max_sequence_tokens=limit,
+            version=version,
+            num_threads=num_threads,
+            device=str(device),
+            numerics=config.numerics,
         )
     # In shared modules a fault of one side would be the other's as well.
     shares = not (config.engine.distortions or config.learner.distortions)
     if isinstance(learner, Learner) and shares:
         return EmbeddedEngine(learner.policy, engine, max_sequence_tokens=limit, version=version)
-    policy = load_policy(model, device)
+    policy = load_policy(model, device, config.numerics)
     return EmbeddedEngine(policy, engine, max_sequence_tokens=limit, version=version, shares_weights=False)
 
 

@@ -16,6 +16,7 @@ from keel.config_base import Plugin as Plugin  # noqa: PLC0414
 from keel.config_base import Plugins as Plugins  # noqa: PLC0414
 from keel.config_base import Section as Section  # noqa: PLC0414
 from keel.config_monitor import MonitorConfig
+from keel.config_numerics import refuse_with_exact
 from keel.config_router import RouterConfig
 from keel.config_sync import SyncConfig
 from keel.config_vllm import VllmConfig, refuse_with_vllm
@@ -218,6 +219,11 @@ class TrainConfig(Section):
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="'cpu', 'cuda', 'cuda:1' (one card), or 'auto': a CUDA card if torch sees one, else the CPU",
+    )
+    numerics: Literal["fast", "exact"] = Field(
+        "fast",
+        description="'exact': the embedded engine and the learner give a token the same log-prob to the bit, in fixed "
+        "tiles, on a CPU; 'fast': to rounding",
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the policy")
     chat: ChatConfig = Field(default_factory=ChatConfig, description="messages to tokens")

@@ -72,9 +72,10 @@ class EngineProcess:
         version: int = 0,
         num_threads: int = 0,
         device: str = "cpu",
+        numerics: str = "fast",
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        """Start the process and wait until its model is loaded on `device`.
+        """Start the process and wait until its model is loaded on `device`, with the learner's `numerics`.
 
         `model.path` is what it loads; `num_threads` 0 leaves the number to torch (the same bits need the same
         number). Raises EngineError, with the process's own words, if it cannot start.
@@ -84,7 +85,7 @@ class EngineProcess:
         self._directory = tempfile.TemporaryDirectory(prefix="keel-engine-")
         self.stacks = str(Path(self._directory.name) / "stacks.txt")
         """Where the process writes its stacks on SIGUSR1 (`keel.dist.stacks`)."""
-        spec = WorkerSpec(model, config, max_sequence_tokens, version, num_threads, device, self.stacks)
+        spec = WorkerSpec(model, config, max_sequence_tokens, version, num_threads, device, self.stacks, numerics)
         self._process = context.Process(target=run_worker, args=(remote, spec), name="keel-engine", daemon=True)
         self._process.start()
         remote.close()

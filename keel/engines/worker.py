@@ -35,6 +35,7 @@ class WorkerSpec:
     num_threads: int
     device: str = "cpu"
     stacks: str = ""
+    numerics: str = "fast"
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:
@@ -63,7 +64,9 @@ def _load(spec: WorkerSpec) -> EmbeddedEngine:
 
     if spec.num_threads:
         torch.set_num_threads(spec.num_threads)
-    policy = load_policy(spec.model, spec.device)
+    if spec.numerics == "exact":
+        torch.use_deterministic_algorithms(True)
+    policy = load_policy(spec.model, spec.device, spec.numerics)
     return EmbeddedEngine(
         policy, spec.config, max_sequence_tokens=spec.max_sequence_tokens, version=spec.version, shares_weights=False
     )

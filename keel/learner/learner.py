@@ -63,6 +63,7 @@ class Learner:
         seed: int = 0,
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
+        numerics: str = "fast",
     ) -> None:
         """Load the policy of `model` onto `device`. `seed` seeds the process's global generators.
 
@@ -85,6 +86,7 @@ class Learner:
             revision=model.revision,
             device=self.device,
             lora=model.lora,
+            numerics=numerics,
             router=model.router,
         )
         if self.policy.adapter is not None and model.lora.rank == 0:

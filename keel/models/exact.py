@@ -49,7 +49,11 @@ def fit_exact(model: nn.Module) -> None:
 
 
 def _check(model: Any) -> None:
-    config = model.config
+    config, device = model.config, next(model.parameters()).device
+    if device.type != "cpu":
+        raise ExactNumericsError(
+            f'numerics = "exact" was measured on the CPU only, the model is on {device}; set device = "cpu"'
+        )
     if config.model_type not in FAMILIES:
         raise ExactNumericsError(
             f'numerics = "exact": {config.model_type} was not made exact, {", ".join(FAMILIES)} were; '

@@ -37,6 +37,20 @@ def exact_numerics() -> Iterator[None]:
         _exact.reset(token)
 
 
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """If `wanted`, torch refuses what it can only do in an order left to chance, in the whole process; afterwards as
+    before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned_only)
+
+
 def is_exact() -> bool:
     """Whether this is inside `exact_numerics`."""
     return _exact.get()

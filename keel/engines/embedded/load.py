@@ -8,8 +8,8 @@ from keel.config import ModelConfig
 from keel.models.policy import PolicyModel
 
 
-def load_policy(model: ModelConfig, device: torch.device | str) -> PolicyModel:
-    """The policy of `model.path` on `device`, to sample from."""
+def load_policy(model: ModelConfig, device: torch.device | str, numerics: str = "fast") -> PolicyModel:
+    """The policy of `model.path` on `device`, to sample from, with the learner's `numerics`."""
     return PolicyModel.load(
         model.path,
         dtype=model.dtype,
@@ -21,4 +21,5 @@ def load_policy(model: ModelConfig, device: torch.device | str) -> PolicyModel:
         router=model.router,
         revision=model.revision,
         device=device,
+        numerics=numerics,
     )
