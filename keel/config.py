@@ -456,6 +456,7 @@ def find_conflicts(config: TrainConfig) -> list[Conflict]:
             f"lower {optim}.warmup_steps",
         )
     refuse_with_vllm(config, refuse)
+    refuse_with_exact(config, refuse)
     return found
 
 
