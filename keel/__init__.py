@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from keel.gap.measure import mismatch
     from keel.gap.report import GapReport
     from keel.monitor.summary import RunSummary
+    from keel.preflights.api import preflight
+    from keel.preflights.result import PreflightResult
     from keel.runs import Run, StepRecord, load_record, load_run
     from keel.signal_check import rollout
     from keel.signal_result import RolloutResult
@@ -37,6 +39,7 @@ __all__ = [
     "GapReport",
     "Group",
     "Message",
+    "PreflightResult",
     "Reply",
     "RolloutResult",
     "Run",
@@ -54,6 +57,7 @@ __all__ = [
     "load_record",
     "load_run",
     "mismatch",
+    "preflight",
     "report",
     "resume",
     "rollout",
@@ -70,6 +74,7 @@ _HOMES = {
     "GapReport": "keel.gap.report:GapReport",
     "Group": "keel.types:Group",
     "Message": "keel.types:Message",
+    "PreflightResult": "keel.preflights.result:PreflightResult",
     "Reply": "keel.chat.base:Reply",
     "RolloutResult": "keel.signal_result:RolloutResult",
     "Run": "keel.runs:Run",
@@ -86,6 +91,7 @@ _HOMES = {
     "load_record": "keel.runs:load_record",
     "load_run": "keel.runs:load_run",
     "mismatch": "keel.gap.measure:mismatch",
+    "preflight": "keel.preflights.api:preflight",
     "report": "keel.report",
     "resume": "keel.api:resume",
     "rollout": "keel.signal_check:rollout",

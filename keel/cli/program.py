@@ -15,7 +15,7 @@ import typer
 
 import keel
 from keel import config_load
-from keel.cli import evaluate, export, mismatch, new, recipes, report, rollout
+from keel.cli import evaluate, export, mismatch, new, preflight, recipes, report, rollout
 from keel.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_plugins import plugin_modules
@@ -213,6 +213,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("quickstart", quickstart, "Train a small agent in a few minutes, on a CPU."),
     ("new", new.new, "Start a directory of your own: env.py, run.toml, a test."),
     ("rollout", rollout.rollout, "Play some episodes: is there a signal to learn from?"),
+    ("preflight", preflight.preflight, "Are learner and engine the same policy, and if not, why?"),
     ("train", train, "Train as RUN.toml says."),
     ("resume", resume, "Continue a run from its newest checkpoint."),
     ("report", report.report, "Write or serve the report of a run."),

@@ -11,7 +11,7 @@ from typing import Any
 
 import keel
 from keel.engines.base import EngineError
-from keel.preflights.checks import gap
+from keel.preflights.checks import attention, engine, gap, text, trainer, weights
 from keel.preflights.context import Context, SkippedError, check
 from keel.preflights.diagnosis import diagnose
 from keel.preflights.diagnosis_evidence import StackFacts
@@ -37,8 +37,24 @@ class Question:
 
 
 QUESTIONS: tuple[Question, ...] = (
+    Question("round_trip", "what is rendered is read back the same", text.check_round_trip),
+    Question("prefix", "later turns only add tokens", text.check_prefix),
+    Question("stop_tokens", "stop tokens are known to all", text.check_stop_tokens),
+    Question("memory", "the plan fits the memory that is there", trainer.check_memory),
+    Question("sinks", "attention sinks are there, used and learned", attention.check_sinks),
+    Question("windows", "every layer sees its window, and no more", attention.check_windows),
+    Question("attention", "attention equals its dense twin", attention.check_attention),
+    Question("attention_backends", "every attention kernel that could be used agrees", attention.check_backends),
+    Question("experts", "experts equal a plain loop over experts", trainer.check_experts),
+    Question("engine", "the engine answers", engine.check_health, engine=True),
     Question("gap", "engine and trainer agree on every token", gap.check_gap, engine=True),
     Question("routing", "engine and trainer choose the same experts", gap.check_routing, engine=True),
+    Question("stopping", "a reply ends with its stop token", engine.check_stopping, engine=True),
+    Question("sessions", "keys and values kept over turns are right", engine.check_sessions, engine=True),
+    Question("determinism", "the same seed gives the same reply", engine.check_determinism, engine=True),
+    Question("neighbours", "a sequence does not depend on what lies beside it", trainer.check_neighbours, engine=True),
+    Question("recompute", "the same micro-batches give the same bits", trainer.check_recompute, engine=True),
+    Question("weights", "every tensor group that is pushed arrives", weights.check_weights, engine=True),
 )
 
 
@@ -69,7 +85,7 @@ def run_checks(
     data = context.known_probes
     measured = any(each.id == "gap" and each.figure is not None for each in checks)
     return PreflightResult(
-        stack=dict(stack.description),
+        stack={**stack.description, "seconds": {name: round(s, 2) for name, s in context.seconds.items()}},
         checks=(*checks, *closing),
         attribution=attribution,
         gap=dict(context.gap().figures) if measured else {},
