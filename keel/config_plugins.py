@@ -47,7 +47,7 @@ def check_plugins(config: TrainConfig, where: Where) -> list[Problem]:
             problems += _check(plugin.id, room, plugin.options, ("algo", name), ("algo", name, "id"), where)
     if config.env.id:
         problems += _check(config.env.id, ENV_ROOM, config.env.options, ("env", "options"), ("env", "id"), where)
-    if config.engine.id != "embedded":
+    if config.engine.id not in ("embedded", "vllm"):
         problems += _check(config.engine.id, ENGINE_ROOM, None, ("engine",), ("engine", "id"), where)
     if config.env.reward.id != "none":
         reward = config.env.reward
