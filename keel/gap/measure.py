@@ -126,17 +126,24 @@ def _drawn(log: GapLog, side: Callable[[LoggedSequence], Array | None]) -> Array
 
 
 def _words(record: Any, model: str | Path, tokenizer: str | Path) -> Words | None:
-    """What spells tokens: the tokenizer named, the model's, or the logged run's; None if there is none."""
-    place = tokenizer or model or _own_tokenizer(record)
-    if not place:
-        return None
+    """What spells tokens: the tokenizer named, the model's, or the logged run's; None if none is named or found."""
     from keel.chat.tokenizer import load_tokenizer
 
+    place = tokenizer or _tokenizer_in(Path(model) if model else None) or _own_tokenizer(record)
+    if not place:
+        return None
     try:
         spell: Words = load_tokenizer(str(place)).decode
     except (OSError, ValueError) as error:
         raise GapLogError(f"{place}: no tokenizer can be loaded from it: {error}") from error
     return spell
+
+
+def _tokenizer_in(model: Path | None) -> str | Path | None:
+    """A model's directory if it has a tokenizer; a hub id as it is."""
+    if model is None or (model.is_dir() and not (model / "tokenizer.json").is_file()):
+        return None
+    return model
 
 
 def _own_tokenizer(record: Any) -> Path | None:

@@ -13,7 +13,7 @@ from keel.gap.worst import WorstToken
 from keel.monitor import cells
 from keel.monitor.live import number
 from keel.monitor.printable import one_line
-from keel.secrecy import scrubbed_values
+from keel.secrecy import scrubbed, scrubbed_values
 
 __all__ = ["GapReport"]
 
@@ -145,13 +145,13 @@ class GapReport:
     def _worst_rows(self) -> list[tuple[str, ...]]:
         return [
             (
-                one_line(each.where),
+                one_line(scrubbed(each.where)),
                 f"{each.position} of {each.length}",
                 f"{each.rollout_logprob:.5g}",
                 f"{each.learner_logprob:.5g}",
                 f"{each.gap:+.3g}",
                 _shown(each.text) if each.text is not None else f"id {each.token_id}",
-                _shown((each.before or "")[-TEXT_LIMIT:]),
+                _shown(each.before or "", last=True),
             )
             for each in self.worst
         ]
@@ -162,10 +162,10 @@ def _healthy(limit: float | None, value: float) -> bool | None:
     return None if limit is None else value <= limit
 
 
-def _shown(text: str) -> str:
-    """Foreign text as one line of a terminal, in quotes of its own so that spaces are seen."""
-    safe: str = scrubbed_values(text)
-    return f"'{one_line(safe, limit=TEXT_LIMIT)}'"
+def _shown(text: str, *, last: bool = False) -> str:
+    """Foreign text as one line of a terminal, its first or last characters, in quotes so that spaces are seen."""
+    safe = scrubbed(text)  # whole, for half a secret would not be known as one
+    return f"'{one_line(safe[-TEXT_LIMIT:] if last else safe, limit=TEXT_LIMIT)}'"
 
 
 def _percent(share: float) -> str:

@@ -75,9 +75,9 @@ def read(path: Path) -> GapLog:
 
 def once_each(log: GapLog) -> GapLog:
     """The log with each sample once: of several with the same tokens under the same id, the one that lacks least."""
-    best: dict[tuple[str, bytes], LoggedSequence] = {}
-    for sequence in log.sequences:
-        key = (sequence.identity or sequence.where, sequence.token_ids.tobytes())
+    best: dict[tuple[str | int, bytes], LoggedSequence] = {}
+    for place, sequence in enumerate(log.sequences):
+        key = (sequence.identity or place, sequence.token_ids.tobytes())
         if key not in best or _sides(sequence) > _sides(best[key]):
             best[key] = sequence
     return GapLog(log.kind, tuple(best.values()), log.missing, log.notes)
