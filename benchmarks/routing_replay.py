@@ -29,7 +29,7 @@ from keel.engines.embedded.engine import EmbeddedEngine
 from keel.learner.learner import Learner
 from keel.models.distorted.modules import flipped
 from keel.models.policy import PolicyModel
-from keel.models.tiny import build_tiny_model
+from keel.models.tiny import Preset, build_tiny_model
 from keel.rollouts.tokens import TokenRecord
 from keel.types import Group, SamplingSettings, Task, Trajectory, Turn
 
@@ -37,7 +37,7 @@ __all__ = ["figures", "flipping_engine", "sample_groups"]
 
 RESULTS = Path(__file__).parent / "results" / "routing_replay.json"
 STAGE = Stage("reinforcement", 0, 8, AlgoConfig(), OptimConfig(lr=1e-3))
-SIZES: Mapping[str, Mapping[str, int]] = {
+SIZES: Mapping[Preset, Mapping[str, int]] = {
     "qwen3": {"num_hidden_layers": 3},
     "gpt_oss": {"num_hidden_layers": 3},
     "qwen3_moe": {"num_hidden_layers": 3},
@@ -126,7 +126,7 @@ def main() -> None:
                     for mode, metrics in figures(path, dtype, share).items():
                         found = {name: metrics[name] for name in kept if name in metrics}
                         rows.append({"model": preset, "dtype": dtype, "flips": share, "replay": mode, **found})
-                        print(json.dumps(rows[-1]))
+                        print(json.dumps(rows[-1]))  # noqa: T201 (a script says how far it is)
     RESULTS.write_text(json.dumps({"command": "python -m benchmarks.routing_replay", "rows": rows}, indent=1) + "\n")
 
 
