@@ -19,7 +19,7 @@ from keel import plugins
 from keel.chat.base import Chat
 from keel.chat.factory import make_chat
 from keel.chat.tokenizer import load_tokenizer
-from keel.config import EngineConfig, EnvConfig, ModelConfig, Stage, TrainConfig
+from keel.config import EngineConfig, EnvConfig, ModelConfig, Stage, TinyConfig, TrainConfig
 from keel.device import (
     MemoryWatch,
     describe_device,
@@ -346,7 +346,8 @@ def _plain_engine(config: TrainConfig, model: ModelConfig, learner: LearnerLike 
 
 def make_publisher(config: TrainConfig, model: ModelConfig, loop: LoopThread) -> Publisher:
     """How the learner's weights of `model` reach the engine, and when it is checked that they did."""
-    info = read_model_config(model)[1]
+    built = model.model_copy(update={"tiny": TinyConfig()})  # a tiny model may have got fewer tokens than it asked for
+    info = read_model_config(built)[1]
     attached = config.engine.id == "vllm" and bool(config.engine.vllm.url)
     return Publisher(
         config.sync,
