@@ -159,7 +159,7 @@ function gapPanel(data) {
   return tableOf("The gap per token, nats", ["", "engine \u2212 learner"], rows, "No gap was measured.");
 }
 
-function worstPanel(data) {
+function worstOfSample(data) {
   const rows = data.sample.worst.map((one) => [
     el("bdi", { class: "mono foreign token-text" }, visibleNodes(cut(String(one.text || "\u2013"), 40))),
     `${one.sequence} / ${one.position}`, number(one.engine), number(one.learner), number(one.gap),
@@ -208,7 +208,7 @@ function startPreflight() {
     sampled ? el("div", { class: "gap-plots" }, figures.map((one) => one.node)) : null,
     el("div", { class: "blame-grid" }, blamePanel(data), gapPanel(data)),
     checksPanel(data),
-    sampled || layers ? el("div", { class: "blame-grid" }, sampled ? worstPanel(data) : null, layers?.node) : null,
+    sampled || layers ? el("div", { class: "blame-grid" }, sampled ? worstOfSample(data) : null, layers?.node) : null,
     el("div", { class: "blame-grid" }, pairsPanel("The stack", data.stack), pairsPanel("Versions", data.versions)));
   const drawn = layers ? [...figures, layers] : figures;
   const draw = () => { for (const one of drawn) one.draw(); };
