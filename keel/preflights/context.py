@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from keel.monitor.memory import machine_bytes
-from keel.preflights.diagnosis_evidence import Evidence
+from keel.models.progress import no_progress_bars
 from keel.preflights.gap import GapFigures, Noise, judged_gap, measure_noise
 from keel.preflights.probes import ProbePlan, draw_probes
 from keel.preflights.reference import Reference
@@ -57,7 +55,8 @@ class Context:
         """The model in plain `transformers`, float32, weights rounded to the type that is served."""
         if self._reference is None:
             source = self.stack.source
-            self._reference = Reference.load(source.path, dtype=torch.float32, served_as=source.dtype)
+            with no_progress_bars():
+                self._reference = Reference.load(source.path, dtype=torch.float32, served_as=source.dtype)
         return self._reference
 
     def noise(self) -> Noise:
@@ -67,10 +66,8 @@ class Context:
         return self._noise
 
     def gap(self) -> GapFigures:
+        """The gap of the probes, judged against their noise."""
         return judged_gap(self.probes(), self.noise())
-
-    def evidence(self) -> Evidence:
-        return Evidence(self.probes())
 
 
 def with_scores(stack: Stack, data: ProbeData) -> ProbeData:
@@ -98,14 +95,3 @@ def check(
 ) -> Check:
     """A `Check`; a fix is for what warns or fails alone."""
     return Check(id, title, status, reason, figure, threshold, unit, fix if status in ("warn", "fail") else "", details)
-
-
-def fits_memory(num_bytes: float) -> bool:
-    """Whether this machine has room for so much more, half of its memory left for everything else."""
-    return num_bytes < machine_bytes() / 2
-
-
-def worst(statuses: Sequence[Status]) -> Status:
-    """ "fail" before "warn" before "pass"; "skip" if there is nothing else."""
-    order: tuple[Status, ...] = ("fail", "warn", "pass", "skip")
-    return next((status for status in order if status in statuses), "skip")

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from keel.models.progress import no_progress_bars
 from keel.monitor.memory import machine_bytes
 from keel.preflights.diagnosis_evidence import Evidence, Rows
 from keel.preflights.reference import Reference
 from keel.preflights.reference_changes import Change
 from keel.preflights.result import GapSample
-from keel.preflights.stack import Bools, ProbeData, Stack
+from keel.preflights.stack import Bools, Floats, ProbeData, Stack
 
 NOISE_FACTOR = 3.0
 """A gap this many times the noise is more than rounding: two sides' rounding alone gives 1 to 2 times."""
@@ -40,6 +42,7 @@ class Noise:
     p99: float
     near_ties: Bools
     against: str
+    exact: Floats  # [num_drawn] log-probs of the drawn tokens by the reference, NaN where it has none
 
     @property
     def threshold(self) -> float:
@@ -71,7 +74,8 @@ def measure_noise(stack: Stack, data: ProbeData, reference: Reference) -> Noise:
     if dtype == "bfloat16":
         rounded, against = rows.logprobs(reference.logits(feeds, [Change("bfloat16")])), "float32"
     elif 8 * sum(parameter.numel() for parameter in reference.model.parameters()) < machine_bytes() / 3:
-        finer = Reference.load(stack.source.path, dtype=torch.float64, served_as=dtype)
+        with no_progress_bars():
+            finer = Reference.load(stack.source.path, dtype=torch.float64, served_as=dtype)
         rounded, against = rows.logprobs(finer.logits(feeds)), "float64"
     else:
         rounded, against = exact, "nothing: no room for float64"
@@ -84,18 +88,16 @@ def measure_noise(stack: Stack, data: ProbeData, reference: Reference) -> Noise:
         max(least, float(np.quantile(gap, 0.99)) if known else 0.0),
         near,
         against,
+        exact.astype(np.float32),
     )
 
 
 def judged_gap(data: ProbeData, noise: Noise) -> GapFigures:
     """The figures of the gap over all drawn tokens, and the mean that is judged."""
-    engine, trainer = data.engine_logprobs().astype(np.float64), data.trainer_logprobs().astype(np.float64)
-    difference = engine - trainer
+    difference = data.engine_logprobs().astype(np.float64) - data.trainer_logprobs().astype(np.float64)
     gap = np.abs(difference)
     gap[~np.isfinite(gap)] = np.inf
-    outlier = gap > 20 * noise.mean
-    left_out = outlier & noise.near_ties
-    kept = gap[~left_out]
+    judged, left_out = judged_mean(gap, noise)
     ratio = -difference  # log of trainer's over engine's probability; the engine drew
     figures = {
         "abs_mean": float(gap.mean()),
@@ -107,7 +109,14 @@ def judged_gap(data: ProbeData, noise: Noise) -> GapFigures:
         "k3": float(np.mean(np.expm1(ratio) - ratio)),
         "tokens": float(gap.size),
     }
-    return GapFigures(float(kept.mean()) if kept.size else 0.0, int(left_out.sum()), figures)
+    return GapFigures(judged, left_out, figures)
+
+
+def judged_mean(gap: npt.NDArray[np.float64], noise: Noise) -> tuple[float, int]:
+    """Mean of `gap [num_drawn]` without the outliers that a near-tie explains, and how many those are."""
+    left_out = (gap > 20 * noise.mean) & noise.near_ties
+    kept = gap[~left_out]
+    return (float(kept.mean()) if kept.size else 0.0), int(left_out.sum())
 
 
 def gap_sample(stack: Stack, data: ProbeData) -> GapSample:

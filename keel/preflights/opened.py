@@ -18,6 +18,7 @@ from keel.config import ChatConfig, EngineConfig, ModelConfig, RolloutConfig, Tr
 from keel.device import describe_device, resolve_device
 from keel.engines.base import Engine
 from keel.engines.embedded.engine import EmbeddedEngine
+from keel.learner.distorted import distort_learner
 from keel.models.policy import PolicyModel
 from keel.preflights.engine_side import AskedEngine
 from keel.preflights.stack import ModelSource, Stack
@@ -40,6 +41,8 @@ def opened_run(config: TrainConfig) -> Iterator[Stack]:
         device = resolve_device(config.device)
         policy = load_learner_policy(model, device)
         engine = _engine_of(config, model, policy)
+        if config.learner.distortions:
+            closing.enter_context(distort_learner(policy, config.learner.distortions))
         tokenizer = as_chat_tokenizer(load_tokenizer(model.path, revision=model.revision))
         attached = bool(config.engine.id == "vllm" and config.engine.vllm.url)
         side = AskedEngine(engine, attached=attached, may_push=not attached or config.engine.vllm.allow_weight_push)
@@ -53,7 +56,8 @@ def opened_run(config: TrainConfig) -> Iterator[Stack]:
             chat=make_chat(config.chat, tokenizer),
             sampling=sampling,
             config=config,
-            description=_described(model, side, "keel", model.attention, sampling, device),
+            description=_described(model, side, "keel", model.attention, sampling, device)
+            | ({"model": f"tiny {config.model.tiny.preset}"} if config.model.tiny.preset else {}),
         )
 
 
@@ -140,7 +144,7 @@ def source_of(model: ModelConfig) -> ModelSource:
 
 def _engine_of(config: TrainConfig, model: ModelConfig, policy: PolicyModel) -> Engine:
     shared = config.engine.id == "embedded" and config.engine.process == "same" and config.learner.ranks == 1
-    if shared:
+    if shared and not (config.engine.distortions or config.learner.distortions):
         return EmbeddedEngine(policy, config.engine, max_sequence_tokens=config.rollout.max_sequence_tokens)
     return make_engine(config, model, learner=None)
 

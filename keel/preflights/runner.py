@@ -47,7 +47,9 @@ QUESTIONS: tuple[Question, ...] = (
     Question("attention_backends", "every attention kernel that could be used agrees", attention.check_backends),
     Question("experts", "experts equal a plain loop over experts", trainer.check_experts),
     Question("engine", "the engine answers", engine.check_health, engine=True),
+    Question("identity", "both sides have the same tokenizer, template and configuration", engine.check_identity, True),
     Question("gap", "engine and trainer agree on every token", gap.check_gap, engine=True),
+    Question("reference", "both sides are the model of the directory", gap.check_reference, engine=True),
     Question("routing", "engine and trainer choose the same experts", gap.check_routing, engine=True),
     Question("stopping", "a reply ends with its stop token", engine.check_stopping, engine=True),
     Question("sessions", "keys and values kept over turns are right", engine.check_sessions, engine=True),
@@ -87,7 +89,7 @@ def run_checks(
     return PreflightResult(
         stack={**stack.description, "seconds": {name: round(s, 2) for name, s in context.seconds.items()}},
         checks=(*checks, *closing),
-        attribution=attribution,
+        attribution=(*attribution, *told_by_checks(checks, attribution)),
         gap=dict(context.gap().figures) if measured else {},
         noise=context.noise().mean if measured else None,
         sample=gap_sample(stack, data) if data is not None and data.trainer else None,
@@ -148,6 +150,19 @@ def _explained(context: Context, facts: Mapping[str, Any]) -> tuple[tuple[Attrib
     except Exception as error:  # noqa: BLE001 (the border, as above)
         return (), [_failed(question, f"{type(error).__name__}: {error}", "the checks above stand without it")]
     return tuple(found), []
+
+
+def told_by_checks(checks: Iterable[Check], known: Iterable[Attribution]) -> Iterator[Attribution]:
+    """Causes that a check names by itself, where the gap of the probes does not show them: weights that stay old, say."""
+    named = {(each.cause, each.group) for each in known}
+    for each in checks:
+        cause = str(each.details.get("cause", ""))
+        if not cause:
+            continue
+        groups = each.details.get("stale", []) if cause == "stale_tensor_group" else [""]
+        for group in groups:
+            if (cause, group) not in named:
+                yield Attribution(cause, "engine", 1.0, each.figure or 0.0, 0.0, group=group, text=each.reason)
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from keel.engines.base import EngineError, GenerateRequest, GenerateResult
-from keel.preflights.context import Context, check
+from keel.engines.identity import IdentityError, identity_of, refuse_differences
+from keel.preflights.context import Context, SkippedError, check
 from keel.preflights.probes import random_tokens
 from keel.preflights.result import Check, Status
 from keel.types import SamplingSettings
@@ -32,6 +33,28 @@ def check_health(context: Context) -> Iterator[Check]:
         keeps_prefix=able.keeps_prefix,
         weight_sources=list(able.weight_sources),
         deterministic=able.deterministic,
+    )
+
+
+def check_identity(context: Context) -> Iterator[Check]:
+    """Do both sides have the same tokenizer, chat template, configuration and revision?"""
+    stack = context.stack
+    theirs = stack.engine.capabilities().identity
+    if theirs is None:
+        raise SkippedError(f"{stack.engine.name} does not tell which files it serves")
+    source = stack.source
+    mine = identity_of(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    problem = ""
+    try:
+        refuse_differences(mine, theirs, who=("the trainer", "the engine"), fix="serve the trainer's directory")
+    except IdentityError as error:
+        problem = str(error)
+    yield check(
+        "identity",
+        "both sides have the same tokenizer, template and configuration",
+        "fail" if problem else "pass",
+        problem or f"tokenizer, chat template and {len(mine.config)} fields of the configuration are the same",
+        fix="serve the directory that the trainer loads, at the same revision",
     )
 
 

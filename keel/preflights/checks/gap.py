@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from keel.preflights.context import Context, SkippedError, check
-from keel.preflights.gap import NOISE_FACTOR
+from keel.preflights.gap import NOISE_FACTOR, judged_mean
 from keel.preflights.result import Check
 from keel.preflights.stack import ProbeData
 
@@ -38,6 +39,30 @@ def check_gap(context: Context) -> Iterator[Check]:
         noise_factor=NOISE_FACTOR,
         worst=worst_tokens(context, data),
         **gap.figures,
+    )
+
+
+def check_reference(context: Context) -> Iterator[Check]:
+    """Which side, if any, is not the model of the directory as plain `transformers` computes it?"""
+    data, noise = context.probes(), context.noise()
+    gaps = {}
+    for side, logprobs in (("engine", data.engine_logprobs()), ("trainer", data.trainer_logprobs())):
+        gap = np.abs(logprobs.astype(np.float64) - noise.exact)[np.isfinite(noise.exact)]
+        known = replace(noise, near_ties=noise.near_ties[np.isfinite(noise.exact)])
+        gaps[side] = judged_mean(np.where(np.isfinite(gap), gap, np.inf), known)[0]
+    wrong = [side for side, gap in gaps.items() if not gap <= noise.threshold]
+    side, size = max(gaps.items(), key=lambda item: item[1])
+    yield check(
+        "reference",
+        "both sides are the model of the directory",
+        "fail" if wrong else "pass",
+        f"against plain transformers in float32 the mean gap of the engine is {gaps['engine']:.2g}, of the trainer "
+        f"{gaps['trainer']:.2g} nats" + (f"; at fault: {' and '.join(wrong)}" if wrong else ""),
+        figure=size,
+        threshold=noise.threshold,
+        unit="nats",
+        fix="see what explains the gap, below: it names the side",
+        gaps=gaps,
     )
 
 

@@ -76,6 +76,7 @@ def check_weights(context: Context) -> Iterator[Check]:
     if not problem and back > noise and not context.gap().judged > noise:
         problem = f"after the old weights were pushed back, a gap of {back:.2g} nats is left"
     seen = len(groups) - len(unseen)
+    follows_none = len(stale) > 1 and len(stale) == seen
     note = f"; no change to be seen or no time for: {', '.join(unseen)}" if unseen else ""
     yield check(
         "weights",
@@ -87,6 +88,7 @@ def check_weights(context: Context) -> Iterator[Check]:
         unit="groups",
         fix="load these groups as the engine lays them out; Keel's worker extension for vLLM does",
         stale=stale,
+        cause="" if not stale else "stale_version" if follows_none else "stale_tensor_group",
         unseen=unseen,
         left=left,
     )
