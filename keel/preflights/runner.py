@@ -153,7 +153,7 @@ def _explained(context: Context, facts: Mapping[str, Any]) -> tuple[tuple[Attrib
 
 
 def told_by_checks(checks: Iterable[Check], known: Iterable[Attribution]) -> Iterator[Attribution]:
-    """Causes that a check names by itself, where the gap of the probes does not show them: weights that stay old, say."""
+    """Causes that a check names by itself, where the gap of the probes does not show them: old weights, say."""
     named = {(each.cause, each.group) for each in known}
     for each in checks:
         cause = str(each.details.get("cause", ""))
