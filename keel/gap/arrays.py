@@ -1,4 +1,4 @@
-"""A dict of arrays as a log of the gap, from Python or from a .json, .npz or .safetensors file.
+"""A dict of arrays as a log of the gap, from Python or from a .json, .npz, .pt or .safetensors file.
 
     {"rollout_logprobs": .., "learner_logprobs": ..,      either side; one may be missing, and can then be recomputed
      "token_ids": .., "drawn": .., "temperature": ..,     optional; `drawn` marks what is compared (default: all)
@@ -35,7 +35,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "old_per_token_logps",
     ),
     "drawn": ("drawn", "loss_mask", "mask", "response_mask"),
-    "token_ids": ("token_ids",),
+    "token_ids": ("token_ids", "responses"),
     "temperature": ("temperature",),
     "cu_seqlens": ("cu_seqlens",),
 }
@@ -58,6 +58,11 @@ def read(path: Path) -> GapLog:
     except Exception as error:  # (each library has its own for a torn file)
         raise GapLogError(f"{path}: cannot be read as arrays, it may be torn: {str(error)[:300]}") from error
     return read_arrays(arrays, of=str(path))
+
+
+def has_a_side(value: Any) -> bool:
+    """Whether a value is a mapping with the log-probs of either side, under any of their names."""
+    return isinstance(value, Mapping) and any(name in value for side in (ENGINE, LEARNER) for name in ALIASES[side])
 
 
 def read_arrays(arrays: Any, *, of: str = "the arrays") -> GapLog:

@@ -16,7 +16,7 @@ __all__ = ["read_any"]
 READABLE = (
     "a run of Keel or one of its steps/*.safetensors; a token export of prime-rl (rank_*.jsonl, or the directory of "
     "them); a debug dump of slime or miles (*.pt, or the directory of them); a capture of the TRL mixin; or arrays "
-    "(.json, .npz, .safetensors) named rollout_logprobs and learner_logprobs"
+    "(.json, .npz, .pt, .safetensors) named rollout_logprobs and learner_logprobs"
 )
 _ARRAYS = (".json", ".npz")
 

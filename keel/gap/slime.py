@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from keel.gap import arrays
 from keel.gap.log import ENGINE, LEARNER, GapLog, GapLogError, LoggedSequence, placed, whole_numbers
 
 KIND = "slime or miles debug dump"
@@ -52,11 +53,13 @@ _COLUMNS = (
 
 
 def read(path: Path) -> GapLog:
-    """The dump in a .pt file. Raises GapLogError for one that is torn, no such dump, or would need code to be read."""
+    """The dump, or else the arrays, in a .pt file. Raises GapLogError for one that is torn or would run code."""
     value = load_without_code(path)
     if not isinstance(value, Mapping) or not ({"samples", "rollout_data"} & value.keys()):
+        if arrays.has_a_side(value):
+            return arrays.read_arrays(value, of=str(path))
         raise GapLogError(
-            f"{path}: not a dump of slime or miles: neither `samples` nor `rollout_data` in it; "
+            f"{path}: not a dump of slime or miles (neither `samples` nor `rollout_data` in it), and no arrays; "
             "give a file of --save-debug-rollout-data or --save-debug-train-data"
         )
     if "rollout_data" in value:

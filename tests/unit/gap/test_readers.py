@@ -297,7 +297,7 @@ def as_lists(value):
     return {name: [each[a:b] for a, b in pairwise(bounds)] for name, each in rows.items()}
 
 
-@pytest.mark.parametrize("form", ["flat", "tensors", "lists", "npz", "json", "safetensors", "directory", "log"])
+@pytest.mark.parametrize("form", ["flat", "tensors", "lists", "npz", "json", "pt", "safetensors", "directory", "log"])
 def test_arrays_in_every_form(tmp_path, form):
     flat = arrays()
     given = {"flat": flat, "tensors": as_tensors(flat), "lists": as_lists(flat)}.get(form)
@@ -308,6 +308,8 @@ def test_arrays_in_every_form(tmp_path, form):
     if form == "json":
         given = tmp_path / "a.json"
         given.write_text(json.dumps(as_lists(flat)))
+    if form == "pt":
+        given = save(tmp_path / "a.pt", as_tensors(flat))
     if form == "safetensors":
         given = tmp_path / "a.safetensors"
         given.write_bytes(safetensors.numpy.save(flat))
