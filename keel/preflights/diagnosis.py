@@ -19,6 +19,7 @@ import numpy as np
 from keel.causes import CAUSES, Side
 from keel.preflights.diagnosis_evidence import Array, Evidence, StackFacts
 from keel.preflights.diagnosis_hypotheses import Hypothesis, hypotheses
+from keel.preflights.diagnosis_pairs import best_pair
 from keel.preflights.diagnosis_predict import Predictor, level
 from keel.preflights.diagnosis_search import Fit, Search
 from keel.preflights.reference import Reference
@@ -47,6 +48,8 @@ def diagnose(
     """
     facts = facts or StackFacts()
     reference.earlier = facts.earlier
+    if facts.pad_token_id is None:
+        facts = replace(facts, pad_token_id=getattr(reference.model.config, "pad_token_id", None) or 0)
     started = time.monotonic()
     predictor = Predictor(reference, Evidence(data), facts)
     pass_s = time.monotonic() - started
@@ -93,7 +96,7 @@ def _of_side(predictor: Predictor, side: Side, observed: Array, noise: float, de
     if gap <= done:
         return []
     candidates = hypotheses(predictor.reference, predictor.evidence, predictor.facts, side)
-    search = Search(predictor, observed, done, deadline)
+    search = Search(predictor, observed, done, deadline, stops_early=dtype == "float32")
     chosen = _choose(search, candidates, gap, dtype)
     return _rows(search, chosen, side, gap)
 
@@ -106,9 +109,8 @@ def _choose(search: Search, candidates: Sequence[Hypothesis], gap: float, dtype:
     single = _plainest(fits, search.done, dtype)
     if single.left <= search.done:
         return single
-    pairs = search.pairs(fits)
-    if pairs and pairs[0].left <= SECOND_MUST_LEAVE[dtype] * single.left:
-        pair = pairs[0]
+    pair = best_pair(search, candidates, fits)
+    if pair is not None and pair.left <= SECOND_MUST_LEAVE[dtype] * single.left:
         if pair.left <= search.done or pair.left <= (1.0 - LEAST_SHARE) * gap:
             return pair
     return single if single.left <= (1.0 - LEAST_SHARE) * gap else Fit((), gap)

@@ -42,13 +42,16 @@ class StackFacts:
 class Readout:
     """How log-probs are taken from logits. `temperature` None: the one asked for; `cut`: top-k and top-p are replayed.
 
-    `shift` k: at a token stands the log-prob of the token k places on.
+    `top_p`: what is cut is decided by this one instead. `shift` k: at a token stands the log-prob of the token k places
+    on. `replies` (sequence, turn) are those read in this way, the others as asked; None: all.
     """
 
     temperature: float | None = None
     cut: bool = True
+    top_p: float | None = None
     shift: int = 0
     rounded: bool = False
+    replies: frozenset[tuple[int, int]] | None = None
 
 
 class Evidence:
@@ -62,6 +65,7 @@ class Evidence:
         self.turn = np.concatenate([s.turn[s.drawn] for s in self.sequences])
         self.tokens = np.concatenate([s.token_ids[s.drawn] for s in self.sequences])
         self.temperature = np.concatenate([np.full(int(s.drawn.sum()), s.sampling.temperature) for s in self.sequences])
+        self.replies = list(zip(self.sequence.tolist(), self.turn.tolist(), strict=True))
         self.is_cut = any(s.sampling.top_p < 1.0 or s.sampling.top_k > 0 for s in self.sequences)
 
     @property
@@ -142,39 +146,49 @@ class Rows:
         allowed = torch.ones(logits.shape, dtype=torch.bool)
         for index, sequence in enumerate(self.evidence.sequences):
             rows = [self._where[index, place] for place in self.evidence.places(sequence)]
-            allowed[rows] = _support(logits[rows], sequence)
+            settings = sequence.sampling
+            scaled = logits[rows] / max(settings.temperature, 1e-6)
+            allowed[rows] = _support(scaled, settings.top_k, settings.top_p)
             if sequence.support is not None:
                 drawn = [self._where[index, place] for place in np.flatnonzero(sequence.drawn).tolist()]
                 _put_in(allowed, drawn, sequence.support)
         allowed[torch.arange(len(self.labels)), self.labels] = True
         self.allowed = allowed
 
+    def _cut_at(self, scaled: torch.Tensor, top_p: float) -> torch.Tensor:
+        top_k = self.evidence.sequences[0].sampling.top_k
+        allowed = _support(scaled, top_k, top_p)
+        allowed[torch.arange(len(self.labels)), self.labels] = True
+        return allowed
+
     def logprobs(self, logits: torch.Tensor, readout: Readout | None = None) -> Array:
         """`[N]` log-probs of the drawn tokens under `readout`; nan where a shift leaves the sequence."""
         readout = readout or Readout()
-        scale = self.temperatures if readout.temperature is None else torch.full_like(self.temperatures, 1.0)
-        scale = scale if readout.temperature is None else scale * readout.temperature
+        scale = self.temperatures
+        if readout.temperature is not None:
+            scale = torch.full_like(self.temperatures, readout.temperature)
         scaled = logits / scale.clamp(min=1e-6)[:, None]
         if readout.rounded:
             scaled = scaled.bfloat16().float()
-        if readout.cut and self.allowed is not None:
-            scaled = scaled.masked_fill(~self.allowed, -torch.inf)
+        allowed = self.allowed if readout.cut else None
+        if readout.top_p is not None:
+            allowed = self._cut_at(scaled, readout.top_p)
+        if allowed is not None:
+            scaled = scaled.masked_fill(~allowed, -torch.inf)
         picked = scaled.gather(1, self.labels[:, None])[:, 0] - scaled.logsumexp(dim=1)
         values = picked.double().numpy()
         rows = self._shifted[readout.shift]
         return np.where(rows >= 0, values[rows], np.nan)
 
 
-def _support(logits: torch.Tensor, sequence: ProbeSequence) -> torch.Tensor:
-    """`[N, V]` bool: what is left of softmax(logits / T) after top-k, then top-p (the last token over p stays in)."""
-    settings = sequence.sampling
-    probs = (logits / max(settings.temperature, 1e-6)).softmax(dim=-1)
-    ordered, order = probs.sort(dim=-1, descending=True)
-    if settings.top_k:
-        ordered[:, settings.top_k :] = 0.0
+def _support(scaled: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """`[N, V]` bool: what is left of softmax(scaled) after top-k, then top-p (the token that reaches p stays in)."""
+    ordered, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
+    if top_k:
+        ordered[:, top_k:] = 0.0
         ordered = ordered / ordered.sum(dim=-1, keepdim=True)
     before = ordered.cumsum(dim=-1) - ordered
-    kept = (before < settings.top_p) & (ordered > 0)
+    kept = (before < top_p) & (ordered > 0)
     return torch.zeros_like(kept).scatter(1, order, kept)
 
 

@@ -14,7 +14,9 @@ from keel.preflights.reference_changes import EXPERT_CHANGES, Change
 TEMPERATURES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
 RATIOS = (0.25, 0.5, 2.0, 4.0)
 SHARES = (0.5, 1.0)
-PADS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+PADS = range(1, 17)
+MOST_EXPERTS = 16
+"""Up to so many, it is tried expert by expert which of them are concerned."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Hypothesis:
 
     Exactly one of `change` (in the model), `reading` (of the tokens) and `readout` (of the logits) is set. `grid` holds
     the first values of a strength that has to be fitted; empty if there is nothing to fit. `group` names tensors.
+    `some` "experts" or "replies" says that it may be true of some of them, to be found out.
     """
 
     cause: str
@@ -31,6 +34,7 @@ class Hypothesis:
     readout: Readout | None = None
     grid: tuple[float, ...] = ()
     group: str = ""
+    some: str = ""
 
     @property
     def layer(self) -> int | None:
@@ -43,12 +47,13 @@ class Hypothesis:
         if self.reading is not None:
             return float(self.reading.value)
         assert self.readout is not None
-        return self.readout.temperature if self.readout.temperature is not None else float(self.readout.shift) or None
+        told = (self.readout.top_p, self.readout.temperature, float(self.readout.shift) or None)
+        return next((value for value in told if value is not None), None)
 
     @property
-    def is_whole(self) -> bool:
-        """Does its strength count something (tokens), so that only whole numbers make sense?"""
-        return self.reading is not None or (self.change is not None and self.change.kind == "window")
+    def is_fitted(self) -> bool:
+        """Does it have a strength, or members, that are found out?"""
+        return bool(self.grid or self.some)
 
     def at(self, value: float) -> Hypothesis:
         """The same with another strength."""
@@ -57,6 +62,8 @@ class Hypothesis:
         if self.reading is not None:
             return replace(self, reading=replace(self.reading, value=round(value)))
         assert self.readout is not None
+        if self.readout.top_p is not None:
+            return replace(self, readout=replace(self.readout, top_p=min(value, 1.0)))
         return replace(self, readout=replace(self.readout, temperature=value))
 
     @property
@@ -69,7 +76,7 @@ class Hypothesis:
 
 def hypotheses(reference: Reference, evidence: Evidence, facts: StackFacts, side: Side) -> list[Hypothesis]:
     """All that can be told apart on this model, of this side; the plainest first."""
-    found = [*_readouts(evidence, side), *_model(reference), *_stale(reference), *_routes(evidence, side)]
+    found = [*_readouts(evidence, side), *_model(reference, facts), *_stale(reference), *_routes(evidence, side)]
     for reading in _readings(facts):
         if readable(reading[1], evidence, facts):
             found.append(Hypothesis(reading[0], reading=reading[1]))
@@ -78,10 +85,15 @@ def hypotheses(reference: Reference, evidence: Evidence, facts: StackFacts, side
 
 def _readouts(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:
     asked = set(evidence.temperature.tolist())
-    if side == "engine" and (asked != {1.0} or evidence.is_cut):
-        yield Hypothesis("raw_logprobs", readout=Readout(temperature=1.0, cut=False))
-    if evidence.is_cut:
+    if evidence.is_cut and side == "learner":
         yield Hypothesis("top_p_not_undone", readout=Readout(cut=False))
+    if asked != {1.0} or evidence.is_cut:
+        yield Hypothesis("raw_logprobs", readout=Readout(temperature=1.0, cut=False))
+        yield Hypothesis("raw_logprobs", readout=Readout(temperature=1.0, cut=False), some="replies")
+    if side == "engine":
+        if evidence.is_cut:
+            yield Hypothesis("top_p_not_undone", readout=Readout(cut=False))
+        yield Hypothesis("top_p_not_undone", readout=Readout(top_p=1.0), grid=(0.5, 0.7, 0.9))
     usual = sum(asked) / len(asked)
     yield Hypothesis(
         "wrong_temperature", readout=Readout(temperature=1.0), grid=tuple(usual * ratio for ratio in TEMPERATURES)
@@ -91,7 +103,7 @@ def _readouts(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:
     yield Hypothesis("bfloat16_noise", readout=Readout(rounded=True))
 
 
-def _model(reference: Reference) -> Iterator[Hypothesis]:
+def _model(reference: Reference, facts: StackFacts) -> Iterator[Hypothesis]:
     layers: list[int | None] = [None, *range(reference.info.num_layers)]
     windowed = [None, *(layer for layer, window in enumerate(reference.info.layer_windows) if window is not None)]
     if reference.has_sinks:
@@ -107,8 +119,10 @@ def _model(reference: Reference) -> Iterator[Hypothesis]:
                 yield Hypothesis("window_off_by_one", Change("window", tokens, layer=layer))
     yield from _rope(reference)
     yield from _experts(reference, layers)
-    yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"))
-    yield Hypothesis("bfloat16_noise", Change("bfloat16"))
+    if facts.dtype != "bfloat16":
+        yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"))
+        yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"), grid=(0.5, 1.0, 2.0, 4.0))
+        yield Hypothesis("bfloat16_noise", Change("bfloat16"))
 
 
 def _rope(reference: Reference) -> Iterator[Hypothesis]:
@@ -135,7 +149,12 @@ def _experts(reference: Reference, layers: list[int | None]) -> Iterator[Hypothe
         kinds = EXPERT_CHANGES[:1]
     else:
         return
-    for layer in layers:
+    for detail in kinds:
+        yield Hypothesis("transposed_experts", Change("experts", detail=detail))
+    for detail in kinds if 1 < reference.info.num_experts <= MOST_EXPERTS else ():
+        if detail in ("gate_up_exchanged", "all_transposed"):
+            yield Hypothesis("transposed_experts", Change("experts", detail=detail, experts=()), some="experts")
+    for layer in layers[1:]:
         for detail in kinds:
             yield Hypothesis("transposed_experts", Change("experts", layer=layer, detail=detail))
 
@@ -148,7 +167,9 @@ def _stale(reference: Reference) -> Iterator[Hypothesis]:
         yield Hypothesis("stale_version", Change("stale", detail=f"{version}:"))
         for group, names in groups.items():
             if any(name in state for name in names):
-                yield Hypothesis("stale_tensor_group", Change("stale", detail=f"{version}:{group}"), group=group)
+                change = Change("stale", detail=f"{version}:{group}")
+                yield Hypothesis("stale_tensor_group", change, group=group)
+                yield Hypothesis("stale_tensor_group", change, group=group, grid=(0.5, 0.8))
 
 
 def _routes(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:
@@ -158,13 +179,13 @@ def _routes(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:
 
 def _readings(facts: StackFacts) -> Iterator[tuple[str, Reading]]:
     for count in PADS:
-        for token in sorted({0, facts.pad_token_id or 0}):
-            yield "wrong_padding", Reading("pads", count, token)
-    for count in (1, -1, *PADS[1:], 32):
+        yield "wrong_padding", Reading("pads", count, facts.pad_token_id or 0)
+    for count in range(1, 9):
+        yield "wrong_template", Reading("without_first", count)
+    for count in (1, 2, 4, 8, 16):
         yield "wrong_padding", Reading("gap", count)
     yield "retokenized_turns", Reading("retokenized")
     yield "lost_stop_token", Reading("without_stop")
-    for count in (1, 2, 3, 4):
-        yield "wrong_template", Reading("without_first", count)
+    for count in (1, 2, 3):
         yield "wrong_template", Reading("without_last", count)
     yield "wrong_template", Reading("forgotten")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,13 @@ def level(residual: Array) -> float:
     return float(kept.mean()) if len(kept) else float("nan")
 
 
+def _both(first: Readout, second: Readout) -> Readout:
+    """What `first` says, and what `second` says otherwise than usual."""
+    usual = Readout()
+    said = {item.name: getattr(second, item.name) for item in fields(Readout)}
+    return replace(first, **{name: value for name, value in said.items() if value != getattr(usual, name)})
+
+
 class Predictor:
     """Log-probs of the evidence's drawn tokens under hypotheses; passes that were made are kept while there is room."""
 
@@ -46,12 +53,14 @@ class Predictor:
         readout = Readout()
         for each in hypotheses:
             if each.readout is not None:
-                told = {name: getattr(each.readout, name) for name in ("temperature", "cut", "shift", "rounded")}
-                plain = Readout()
-                readout = replace(
-                    readout, **{name: value for name, value in told.items() if value != getattr(plain, name)}
-                )
-        return self.rows.logprobs(self._logits(changes, readings[0] if readings else None), readout)
+                readout = _both(readout, each.readout)
+        logits = self._logits(changes, readings[0] if readings else None)
+        found = self.rows.logprobs(logits, readout)
+        if readout.replies is None:
+            return found
+        as_asked = self.rows.logprobs(logits, Readout(shift=readout.shift, rounded=readout.rounded))
+        chosen = [reply in readout.replies for reply in self.evidence.replies]
+        return np.where(chosen, found, as_asked)
 
     def noise(self, dtype: str) -> float:
         """The level of a healthy side's residual: rounding of `dtype` against float32, or of float32 against float64."""

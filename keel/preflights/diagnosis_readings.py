@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from keel.preflights.stack import ProbeSequence
 
 Tokens = tuple[int, ...]
+WHOLE = ("pads", "without_first", "gap", "stretched")
+"""Readings under which a sequence stays one, from the first token to the last."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ def read_otherwise(reading: Reading, evidence: Evidence, facts: StackFacts) -> t
         places = evidence.places(sequence)
         row_of = {place: first + row for row, place in enumerate(places)}
         for feed, start, _ in _feeds(reading, sequence, facts):
-            rows = [(row, start + number) for number, row in enumerate(feed.wanted)]
             feeds.append(feed)
-            targets += [row_of[place] for _, place in rows]
+            told = places if reading.kind in WHOLE else range(start, start + len(feed.wanted))
+            targets += [row_of[place] for place in told]
         first += len(places)
     return feeds, targets
 
@@ -59,6 +61,9 @@ def read_otherwise(reading: Reading, evidence: Evidence, facts: StackFacts) -> t
 def _feeds(reading: Reading, sequence: ProbeSequence, facts: StackFacts) -> Iterator[tuple[Feed, int, int]]:
     """For each reply what was fed for it, where its first token stands in the sequence, and where it stops."""
     shown = tuple(int(token) for token in sequence.token_ids)
+    if reading.kind in WHOLE:
+        yield _whole(reading, sequence, shown)
+        return
     for number, reply in enumerate(sequence.replies):
         context = _context(reading, sequence, shown, number, facts)
         tokens = context + shown[reply.start : reply.stop]
@@ -71,10 +76,6 @@ def _feeds(reading: Reading, sequence: ProbeSequence, facts: StackFacts) -> Iter
 
 def _context(reading: Reading, sequence: ProbeSequence, shown: Tokens, number: int, facts: StackFacts) -> Tokens:
     start = sequence.replies[number].start
-    if reading.kind == "pads":
-        return (reading.token,) * reading.value + shown[:start]
-    if reading.kind == "without_first":
-        return shown[reading.value : start]
     if reading.kind == "without_last":
         return shown[: start - reading.value]
     if reading.kind == "forgotten":
@@ -85,6 +86,17 @@ def _context(reading: Reading, sequence: ProbeSequence, shown: Tokens, number: i
         parts += [*shown[done : reply.start], *_again(reading, shown[reply.start : reply.stop], facts)]
         done = reply.stop
     return (*parts, *shown[done:start])
+
+
+def _whole(reading: Reading, sequence: ProbeSequence, shown: Tokens) -> tuple[Feed, int, int]:
+    start = sequence.replies[0].start
+    before = (reading.token,) * reading.value if reading.kind == "pads" else ()
+    missing = min(reading.value, start - 1) if reading.kind == "without_first" else 0
+    tokens = before + shown[missing:]
+    moved = len(before) - missing
+    places = [reply_place for each in sequence.replies for reply_place in range(each.start, each.stop)]
+    wanted = tuple(place + moved - 1 for place in places)
+    return Feed(tokens, wanted, _positions(reading, sequence, len(tokens))), start, len(shown)
 
 
 def _again(reading: Reading, reply: Tokens, facts: StackFacts) -> Tokens:

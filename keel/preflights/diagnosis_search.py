@@ -1,17 +1,14 @@
-"""The search: which hypothesis, or which two together, leave the least of a side's gap to the reference.
+"""The search: which hypothesis leaves the least of a side's gap to the reference, its strength fitted.
 
-One hypothesis at a time first, its strength fitted. If none leaves noise alone, pairs: the effect of each on the
-log-probs is known by then, and effects nearly add, so that least squares over two effects ranks all pairs without a
-pass of the model; the best few are then computed for real, strengths fitted together.
+Pairs of hypotheses are the business of `diagnosis_pairs`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +16,7 @@ from keel.preflights.diagnosis_evidence import Array
 from keel.preflights.diagnosis_hypotheses import Hypothesis
 from keel.preflights.diagnosis_predict import Predictor, level
 
-PAIRS_TRIED = 16
+COUNTED = ("pads", "without_first", "without_last", "gap")
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -34,7 +31,11 @@ class Fit:
 class Search:
     """Explains `observed [N]`; `done` is the level at which nothing is left to explain."""
 
-    def __init__(self, predictor: Predictor, observed: Array, done: float, deadline: float) -> None:
+    def __init__(
+        self, predictor: Predictor, observed: Array, done: float, deadline: float, *, stops_early: bool = True
+    ) -> None:
+        """`stops_early`: the first that leaves noise alone is it (where noise is so low that nothing else could)."""
+        self.stops_early = stops_early
         self.predictor, self.observed, self.done, self.deadline = predictor, observed, done, deadline
         self.was_cut_short = False
 
@@ -51,11 +52,21 @@ class Search:
                 self.was_cut_short = True
                 break
             fits.append(self.fit((*given, candidate), len(given)))
+            if self.stops_early and fits[-1].left <= self.done:
+                break
         return fits
 
     def fit(self, hypotheses: tuple[Hypothesis, ...], place: int) -> Fit:
         """`hypotheses` with the strength of the one at `place` fitted."""
         hypothesis = hypotheses[place]
+        if hypothesis.some == "replies":
+            return self._some_replies(hypotheses, place)
+        if hypothesis.some == "experts":
+            return self._some_experts(hypotheses, place)
+        if hypothesis.readout is not None and hypothesis.readout.top_p is not None:
+            return self._cut(hypotheses, place)
+        if hypothesis.reading is not None:
+            return self._climbed(hypotheses, place)
         if not hypothesis.grid:
             return Fit(hypotheses, self.left(hypotheses))
 
@@ -72,19 +83,15 @@ class Search:
     def _stepped(
         self, put: Callable[[float], tuple[Hypothesis, ...]], value: float, left: float, grid: tuple[float, ...]
     ) -> tuple[float, float]:
-        """Gauss-Newton on the strength: near the right one log-probs are linear in it, so a few steps reach noise."""
+        """Newton steps: near the right strength log-probs are linear in it, so that a few reach the noise."""
         low, high = min(grid) / 4, max(grid) * 4
         for _ in range(4):
             here = self.predictor.logprobs(put(value))
-            nearby = value * 1.01
+            nearby = value * 1.002
             slope = (self.predictor.logprobs(put(nearby)) - here) / (nearby - value)
             wrong = self.observed - here
-            usable = np.isfinite(wrong) & np.isfinite(slope)
-            usable &= np.abs(wrong) <= np.quantile(np.abs(wrong[usable]), 0.95) if usable.any() else False
-            norm = float((slope[usable] ** 2).sum())
-            if norm == 0.0:
-                break
-            new = min(high, max(low, value + float((slope[usable] * wrong[usable]).sum()) / norm))
+            step = _median_step(wrong, slope)
+            new = min(high, max(low, value + step))
             new_left = self.left(put(new))
             if new_left >= left * 0.999:
                 break
@@ -93,39 +100,78 @@ class Search:
                 break
         return value, left
 
-    def pairs(self, fits: Sequence[Fit]) -> list[Fit]:
-        """The most promising pairs among `fits` (one hypothesis each), fitted together; best first."""
-        found = []
-        for first, second in self._ranked_pairs(fits)[:PAIRS_TRIED]:
-            if time.monotonic() > self.deadline:
-                self.was_cut_short = True
-                break
-            fit = Fit((first, second), self.left((first, second)))
-            if first.grid or second.grid:
-                for _ in range(3):
-                    before = fit.left
-                    for place in (0, 1):
-                        fit = min(fit, self.fit(fit.hypotheses, place), key=lambda each: each.left)
-                    if fit.left <= self.done or fit.left > 0.7 * before:
-                        break
-            found.append(fit)
-            if fit.left <= self.done:
-                break
-        return sorted(found, key=lambda each: each.left)
+    def _climbed(self, hypotheses: tuple[Hypothesis, ...], place: int) -> Fit:
+        """A number of tokens, and, beside another hypothesis, the numbers next to it as long as less is left."""
+        best = Fit(hypotheses, self.left(hypotheses))
+        reading = hypotheses[place].reading
+        assert reading is not None
+        if len(hypotheses) == 1 or reading.kind not in COUNTED:
+            return best
+        for step in (-1, 1):
+            while best.left > self.done:
+                value = (best.hypotheses[place].strength or 0.0) + step
+                if value < 1:
+                    break
+                other = (*hypotheses[:place], hypotheses[place].at(value), *hypotheses[place + 1 :])
+                left = self.left(other)
+                if left >= best.left:
+                    break
+                best = Fit(other, left)
+        return best
 
-    def _ranked_pairs(self, fits: Sequence[Fit]) -> list[tuple[Hypothesis, Hypothesis]]:
-        """Pairs of compatible hypotheses by what least squares over their effects leaves."""
-        each = [fit.hypotheses[0] for fit in fits]
-        gap = self.observed - self.predictor.base
-        effects = [self.predictor.logprobs([one]) - self.predictor.base for one in each]
-        ranked: list[tuple[float, int, int]] = []
-        for first, second in itertools.combinations(range(len(each)), 2):
-            if not compatible(each[first], each[second]):
-                continue
-            left = _left_by_both(gap, effects[first], effects[second])
-            left = min(left, 0.98 * fits[first].left, 0.98 * fits[second].left)
-            ranked.append((left, first, second))
-        return [(each[first], each[second]) for _, first, second in sorted(ranked)]
+    def _some_replies(self, hypotheses: tuple[Hypothesis, ...], place: int) -> Fit:
+        """The replies in which the readout at `place` says more than the usual one does."""
+        readout = hypotheses[place].readout
+        assert readout is not None
+
+        def put(replies: frozenset[tuple[int, int]] | None) -> tuple[Hypothesis, ...]:
+            one = replace(hypotheses[place], readout=replace(readout, replies=replies))
+            return (*hypotheses[:place], one, *hypotheses[place + 1 :])
+
+        better = np.abs(self.observed - self.predictor.logprobs(put(frozenset())))
+        better -= np.abs(self.observed - self.predictor.logprobs(put(None)))
+        gained: dict[tuple[int, int], float] = {}
+        for reply, gain in zip(self.predictor.evidence.replies, np.nan_to_num(better), strict=True):
+            gained[reply] = gained.get(reply, 0.0) + float(gain)
+        chosen = put(frozenset(reply for reply, gain in gained.items() if gain > 0))
+        return Fit(chosen, self.left(chosen))
+
+    def _some_experts(self, hypotheses: tuple[Hypothesis, ...], place: int) -> Fit:
+        """The experts that are concerned, taken in or out one by one as long as less is left."""
+        change = hypotheses[place].change
+        assert change is not None
+
+        def put(experts: frozenset[int]) -> tuple[Hypothesis, ...]:
+            one = replace(hypotheses[place], change=replace(change, experts=tuple(sorted(experts))))
+            return (*hypotheses[:place], one, *hypotheses[place + 1 :])
+
+        chosen = frozenset(change.experts or ())
+        left = self.left(put(chosen))
+        for _ in range(2):
+            before = left
+            for expert in range(self.predictor.reference.info.num_experts):
+                other = chosen ^ {expert}
+                other_left = self.left(put(other))
+                if other_left < left:
+                    chosen, left = other, other_left
+            if left <= self.done or left > 0.97 * before:
+                break
+        return Fit(put(chosen), left)
+
+    def _cut(self, hypotheses: tuple[Hypothesis, ...], place: int) -> Fit:
+        """The top-p that was cut at: no token's kept probability is smaller, and every kept one reaches it."""
+
+        def put(top_p: float) -> tuple[Hypothesis, ...]:
+            return (*hypotheses[:place], hypotheses[place].at(top_p), *hypotheses[place + 1 :])
+
+        kept = np.exp(self.predictor.logprobs(put(1.0)) - self.observed)
+        kept = kept[np.isfinite(kept) & (kept < 0.999)]
+        if len(kept) < 4:
+            return Fit(hypotheses, math.inf)
+        values = [min(0.999, float(np.quantile(kept, share))) for share in (0.0, 0.01, 0.02, 0.05, 0.15)]
+        values += list(hypotheses[place].grid)
+        fits = [Fit(put(value), self.left(put(value))) for value in values]
+        return min(fits, key=lambda each: each.left)
 
 
 def compatible(first: Hypothesis, second: Hypothesis) -> bool:
@@ -137,13 +183,15 @@ def compatible(first: Hypothesis, second: Hypothesis) -> bool:
     return not ({first.cause, second.cause} <= {"wrong_temperature", "raw_logprobs", "top_p_not_undone"})
 
 
-def _left_by_both(gap: Array, first: Array, second: Array) -> float:
-    usable = np.isfinite(gap) & np.isfinite(first) & np.isfinite(second)
-    if usable.sum() < 4:
-        return math.inf
-    columns = np.stack([first[usable], second[usable]], axis=1)
-    weights, *_ = np.linalg.lstsq(columns, gap[usable], rcond=None)
-    return level(gap[usable] - columns @ np.clip(weights, 0.0, 2.0))
+def _median_step(wrong: Array, slope: Array) -> float:
+    """The step d that makes the sum of |wrong - d * slope| smallest: a weighted median, which outliers do not move."""
+    usable = np.isfinite(wrong) & np.isfinite(slope) & (np.abs(slope) > 1e-9)
+    if not usable.any():
+        return 0.0
+    steps, weights = wrong[usable] / slope[usable], np.abs(slope[usable])
+    order = np.argsort(steps)
+    total = np.cumsum(weights[order])
+    return float(steps[order][int(np.searchsorted(total, total[-1] / 2))])
 
 
 def _refined(loss: Callable[[float], float], grid: tuple[float, ...]) -> tuple[float, float]:
@@ -154,7 +202,7 @@ def _refined(loss: Callable[[float], float], grid: tuple[float, ...]) -> tuple[f
     low = math.log(values[best - 1] if best else values[0] / 2)
     high = math.log(values[best + 1] if best + 1 < len(values) else values[-1] * 2)
     known = {values[best]: losses[best]}
-    for _ in range(6):
+    for _ in range(4):
         inner = [math.exp(high - GOLDEN * (high - low)), math.exp(low + GOLDEN * (high - low))]
         for value in inner:
             known.setdefault(value, loss(value))

@@ -26,13 +26,15 @@ class Change:
     """One thing done otherwise. `kind` says what, `detail` which of its ways, `layer` where (None: everywhere).
 
     `value`: sinks: share of the sink's weight that is lost, 1 all of it; window: tokens added to it; rope: what the named
-    number is multiplied by; experts and stale: how far the weights go to the wrong ones, 1 all the way.
+    number is multiplied by; experts, stale and weights_bfloat16: how far the weights go to the wrong ones, 1 all the way.
+    `experts` are those concerned, None: all of them.
     """
 
     kind: str
     value: float = 1.0
     layer: int | None = None
     detail: str = ""
+    experts: tuple[int, ...] | None = None
 
     def at(self, layer: int) -> bool:
         return self.layer is None or self.layer == layer
@@ -105,8 +107,13 @@ def _experts(model: nn.Module, own: Parameters, change: Change, _: Any) -> Chang
         if layer is None or not change.at(layer):
             continue
         wrong = _wrong_expert(model, name, value, own, change.detail)
-        if wrong is not None:
-            yield name, torch.lerp(value, wrong.to(value.dtype), change.value)
+        if wrong is None:
+            continue
+        if change.experts is not None:
+            kept = torch.ones(value.shape[0], dtype=torch.bool)
+            kept[list(change.experts)] = False
+            wrong = torch.where(kept.view(-1, *[1] * (value.dim() - 1)), value, wrong)
+        yield name, torch.lerp(value, wrong.to(value.dtype), change.value)
 
 
 def _wrong_expert(
@@ -165,7 +172,7 @@ def _stale(_: nn.Module, own: Parameters, change: Change, earlier: Sequence[Para
 
 def _rounded(_: nn.Module, own: Parameters, change: Change, __: Any) -> Changed:
     for name, value in own.items():
-        yield name, value.to(torch.bfloat16).to(value.dtype)
+        yield name, torch.lerp(value, value.to(torch.bfloat16).to(value.dtype), change.value)
 
 
 _PARAMETER_CHANGES: Mapping[str, Callable[[nn.Module, Parameters, Change, Any], Changed]] = {
