@@ -15,7 +15,7 @@ import typer
 
 import keel
 from keel import config_load
-from keel.cli import evaluate, export, mismatch, new, preflight, recipes, report, rollout
+from keel.cli import bench, evaluate, export, mismatch, new, preflight, recipes, report, rollout
 from keel.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE, ConfigFile, Sets
 from keel.config_docs import as_markdown
 from keel.config_plugins import plugin_modules
@@ -229,3 +229,4 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
 
 for _name, _command, _short_help in COMMANDS:
     app.command(_name, short_help=_short_help)(_command)
+app.add_typer(bench.app, name="bench", short_help="Measure what things take on this machine.")

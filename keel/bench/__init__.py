@@ -1,0 +1,1 @@
+"""What things take: latency and bandwidth, measured on the machine at hand."""
