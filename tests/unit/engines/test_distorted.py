@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from keel.causes import CAUSES
@@ -363,6 +364,32 @@ def test_what_is_planted_in_weights_is_planted_in_pushes_too(directories, tmp_pa
         no_sinks(model)
     expected = plain_logprobs(model, Asked(PROMPT, result.token_ids))
     torch.testing.assert_close(reported(result), expected, rtol=0, atol=NOISE)
+
+
+def test_what_a_push_says_of_itself_arrives(directories, tmp_path):
+    """The header is the engine's business, not the fault's."""
+    headers = []
+
+    def spying(path):
+        engine = faults.make_engine(path)
+        load = engine.load_weights
+
+        async def spied(source, version):
+            with safe_open(f"{source.location}/weights.safetensors", framework="pt") as file:
+                headers.append(file.metadata())
+            await load(source, version)
+
+        engine.load_weights = spied
+        return engine
+
+    async def go():
+        engine = distort_engine(spying, directories["gpt_oss"], [Distortion("sinks_dropped")])
+        write_weights(tmp_path, weights_of("gpt_oss", 3), version=6, told={"rank": 2})
+        await engine.load_weights(WeightSource("file", str(tmp_path)), 7)
+        await engine.close()
+
+    asyncio.run(go())
+    assert {name: json.loads(text) for name, text in headers[0].items()} == {"version": 7, "told": {"rank": 2}}
 
 
 SCORED = [

@@ -166,6 +166,15 @@ def test_tokens_that_are_left_out_brought_in_and_moved(directories, policies):
         assert_near([logprobs], [faults.logprobs_of(logits, each.drawn, each.temperature)])
 
 
+def test_padding_in_front_says_nothing_of_the_first_token(directories, policies):
+    """Row 0 is about the second token, whatever stands before the first."""
+    policy = policies["gpt_oss"]
+    with distort_learner(policy, [Distortion("wrong_padding", 4)]), torch.no_grad():
+        logprobs = policy(BATCH, with_entropy=False).logprobs
+    padded = Asked((policy.model.config.pad_token_id,) * 4 + ASKED[0].tokens[:1], ASKED[0].tokens[1:70])
+    assert_near([logprobs[:69]], [plain_logprobs(plain(directories["gpt_oss"]), padded)])
+
+
 def two_turns(batch=BATCH, first=range(69, 79), second=range(89, 109)):
     """The first sequence's drawn tokens as two replies with ten tokens of a tool in between."""
     mask, turn = batch.loss_mask.clone(), batch.turn.clone()
