@@ -1,8 +1,10 @@
 """Attention in which a row's bits depend on its own query and on the keys it sees, and on nothing else.
 
 One function for both sides. A query row works through its sequence's keys in blocks of `KEY_BLOCK` positions, counted
-from position 0; every product has `ROWS` query rows and one block of keys, whether the rows are one new token of an
-engine or sixteen tokens of a learner's packed sequence, and whether the keys come from a cache or were made just now.
+from position 0; every product has the rows of one tile and one block of keys, whether the rows are one new token of an
+engine or several tokens of a learner's packed sequence, and whether the keys come from a cache or were made just now.
+An engine's tile is as low as can be, for it has one new token; a learner's is `WIDER` times as high where the library
+makes the same bits of both, which `wider` measures, and else the same.
 
     scores      [sink | block 0 | block 1 | ...], -inf where a row sees nothing
     weights     softmax of that row; the sink is its first column and has no value
@@ -29,10 +31,11 @@ from keel.ops.attention.sinks import sinks_gradient
 
 KEY_BLOCK = 64
 """Positions per block of keys."""
+WIDER = 8
 _LEAD = 16
 """Columns before the first block: the sink and nothing else, so that blocks begin at whole vector registers."""
-_MAX_SCORES = 2**22
-"""At most so many scores are held at once, but one product's."""
+_MAX_SCORES = 2**19
+"""At most so many scores are made at once, which stay in the cache of a core; but one tile's at least."""
 
 KeyBlock = Callable[[int, slice], tuple[torch.Tensor, torch.Tensor]]
 """(block, tiles) -> keys and values [n * K, KEY_BLOCK, D] of that block for those tiles."""
@@ -46,6 +49,20 @@ def tile_rows(group: int) -> int:
 def tile_positions(group: int) -> int:
     """Positions of one tile; the heads of a group are filled up so that they divide the tile."""
     return tile_rows(group) // _group_rows(group)
+
+
+@lru_cache(maxsize=64)
+def wider(size: int, dtype: torch.dtype, num_threads: int) -> int:
+    """`WIDER` if a row has the same bits in tiles that much higher (heads of `size`, `num_threads` threads), else 1."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3 * num_threads, WIDER * tile_rows(1), size, generator=generator, dtype=dtype)
+    keys = torch.randn(3 * num_threads, KEY_BLOCK, size, generator=generator, dtype=dtype)
+    weights = torch.softmax(torch.bmm(query, keys.transpose(1, 2)), -1)
+    for left, right in ((query, keys.transpose(1, 2)), (weights, keys)):
+        low = torch.cat([torch.bmm(part, right) for part in left.split(tile_rows(1), dim=1)], dim=1)
+        if not torch.equal(low, torch.bmm(left, right)):
+            return 1
+    return WIDER
 
 
 def _group_rows(group: int) -> int:
@@ -212,7 +229,8 @@ class _ExactAttention(torch.autograd.Function):
         bounds: tuple[int, ...],
         scale: float,
     ) -> torch.Tensor:
-        tiles = packed_tiles(bounds, tile_positions(q.shape[1] // k.shape[1]))
+        factor = wider(q.shape[2], torch.promote_types(q.dtype, torch.float32), torch.get_num_threads())
+        tiles = packed_tiles(bounds, tile_positions(q.shape[1] // k.shape[1]) * factor)
         keys = k.index_select(0, tiles.block_rows.view(-1)).unflatten(0, (-1, KEY_BLOCK)).transpose(1, 2).contiguous()
         values = v.index_select(0, tiles.block_rows.view(-1)).unflatten(0, (-1, KEY_BLOCK)).transpose(1, 2).contiguous()
 
