@@ -18,6 +18,7 @@ from keel.config import ChatConfig, EngineConfig, ModelConfig, RolloutConfig, Tr
 from keel.device import describe_device, resolve_device
 from keel.engines.base import Engine
 from keel.engines.embedded.engine import EmbeddedEngine
+from keel.envs.base import Env
 from keel.learner.distorted import distort_learner
 from keel.models.policy import PolicyModel
 from keel.preflights.engine_side import AskedEngine
@@ -34,7 +35,8 @@ def opened_run(config: TrainConfig) -> Iterator[Stack]:
     A tiny model is built in a temporary directory. An engine in the learner's process samples from the learner's own
     modules, as it does in the run.
     """
-    factory = prepare(config, None)
+    # Only a tiny model learns its words from the environment; a config without one can be checked too.
+    factory = prepare(config, None if config.model.tiny.preset else _no_environment)
     with ExitStack() as closing:
         root = closing.enter_context(tempfile.TemporaryDirectory(prefix="keel-preflight-"))
         model = starting_model(config, factory, Path(root))
@@ -109,15 +111,12 @@ def opened_stack(
 
 def attach(model: str, url: str, *, dtype: str, allow_weight_push: bool, revision: str = "") -> AskedEngine:
     """The vLLM server at `url`, which serves `model`. Raises EngineError if there is none such."""
-    from keel.engines.vllm.engine import VllmEngine
+    from keel.preflights.attached import StrangersVllm, longest_sequence
 
-    values: dict[str, Any] = {
-        "id": "vllm",
-        "vllm": {"url": url, "allow_weight_push": allow_weight_push, "startup_timeout_s": 10.0},
-    }
-    section = EngineConfig.model_validate(values)
+    values: dict[str, Any] = {"id": "vllm", "vllm": {"url": url, "allow_weight_push": allow_weight_push}}
     config = ModelConfig.model_validate({"path": model, "dtype": dtype, "revision": revision})
-    engine = VllmEngine(config, section, max_sequence_tokens=RolloutConfig().max_sequence_tokens)
+    limit = min(RolloutConfig().max_sequence_tokens, longest_sequence(url))
+    engine = StrangersVllm(config, EngineConfig.model_validate(values), max_sequence_tokens=limit)
     return AskedEngine(engine, attached=True, may_push=allow_weight_push)
 
 
@@ -135,6 +134,10 @@ def load_learner_policy(model: ModelConfig, device: torch.device | str) -> Polic
         revision=model.revision,
         device=device,
     )
+
+
+def _no_environment() -> Env:
+    raise NotImplementedError("a preflight plays no episodes")
 
 
 def source_of(model: ModelConfig) -> ModelSource:

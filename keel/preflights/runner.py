@@ -76,7 +76,8 @@ def run_checks(
     are further fields of `StackFacts`. Never raises for what the stack does: a check fails, with what was gained kept.
     """
     able = stack.engine.capabilities()
-    limit = min(able.max_sequence_tokens or 512, max_sequence_tokens or 512)
+    # An engine may draw one token after what it scores, so that a sequence is one shorter than it could be.
+    limit = min(able.max_sequence_tokens or 512, max_sequence_tokens or 512) - 1
     context = Context(stack, ProbePlan(seed=seed, max_sequence_tokens=limit).scaled(share), budget_s)
     checks: list[Check] = []
     for question in QUESTIONS:

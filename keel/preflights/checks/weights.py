@@ -18,8 +18,10 @@ from keel.sync.groups import tensor_groups
 from keel.sync.transports import write_weights
 from keel.types import Fault
 
-FOLLOWS = 0.3
+FOLLOWS = 0.1
 """The engine follows a change if the gap left is at most this share of what the change did to the trainer."""
+MOVES = 0.3
+"""Where both sides differ before anything is pushed: it follows if its own log-probs change by this share of that."""
 STRENGTHS = (0.2, 1.0)
 """Size of the random change against the tensor's own; the second where the first does not show above noise."""
 
@@ -54,26 +56,30 @@ def check_weights(context: Context) -> Iterator[Check]:
     left: dict[str, float] = {}
     version = stack.engine.health().policy_version
     noise = context.noise().threshold
+    start = _by_engine(context, sequences)
+    before = _by_trainer(context, sequences)
+    agrees = _mean_gap(before, start) <= noise
     for number, (group, names) in enumerate(groups.items()):
         if number and context.left_s <= 0:
             unseen.append(group)
             continue
         version += 1
-        effect, gap = 0.0, 0.0
+        effect, gap, moved = 0.0, 0.0, 0.0
         for strength in STRENGTHS:
-            effect, gap = _pushed(context, sender, {n: parameters[n] for n in names}, sequences, version, strength)
-            if effect > 2 * noise:
+            with _changed({name: parameters[name] for name in names}, strength):
+                effect, gap, moved = _pushed(context, sender, sequences, version, before, start)
+            if effect > 4 * noise:
                 break
         left[group] = gap / max(effect, 1e-30)
-        if effect <= noise:
+        if effect <= 2 * noise:
             unseen.append(group)
-        elif gap > max(FOLLOWS * effect, noise):
+        elif (gap > max(FOLLOWS * effect, noise)) if agrees else (moved < MOVES * effect):
             stale.append(group)
     version += 1
     stack.engine.publish(_versioned(sender, version), version)
-    back = _mean_gap(_by_trainer(context, sequences), _by_engine(context, sequences))
+    back = _mean_gap(start, _by_engine(context, sequences))
     problem = f"pushed and not followed: {', '.join(stale)}" if stale else ""
-    if not problem and back > noise and not context.gap().judged > noise:
+    if not problem and back > noise:
         problem = f"after the old weights were pushed back, a gap of {back:.2g} nats is left"
     seen = len(groups) - len(unseen)
     follows_none = len(stale) > 1 and len(stale) == seen
@@ -111,21 +117,20 @@ def _sequences(context: Context) -> list[ScoredSequence]:
 def _pushed(
     context: Context,
     sender: Sender,
-    group: Mapping[str, torch.Tensor],
     sequences: Sequence[ScoredSequence],
     version: int,
-    strength: float,
-) -> tuple[float, float]:
-    """What a change of `group` does to the trainer's log-probs, and the gap that is left once it is pushed."""
-    before = _by_trainer(context, sequences)
-    with _changed(group, strength):
-        after = _by_trainer(context, sequences)
-        try:
-            context.stack.engine.publish(_versioned(sender, version), version)
-        except Fault as error:
-            raise SkippedError(f"the engine refuses a push: {error}") from error
-        gap = _mean_gap(after, _by_engine(context, sequences))
-    return _mean_gap(before, after), gap
+    before: Sequence[Floats],
+    start: Sequence[Floats],
+) -> tuple[float, float, float]:
+    """What the change at hand does to the trainer's log-probs (`before` without it), the gap that is left once it is
+    pushed, and what it does to the engine's (`start` without it)."""
+    after = _by_trainer(context, sequences)
+    try:
+        context.stack.engine.publish(_versioned(sender, version), version)
+    except Fault as error:
+        raise SkippedError(f"the engine refuses a push: {error}") from error
+    answered = _by_engine(context, sequences)
+    return _mean_gap(before, after), _mean_gap(after, answered), _mean_gap(start, answered)
 
 
 def _versioned(sender: Sender, version: int) -> Sender:
