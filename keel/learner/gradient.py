@@ -83,7 +83,7 @@ class Objective:
         if outputs.entropy is not None:
             stats.add("entropy", outputs.entropy, mask)
         stats.peak("ratio_max_dev", ratio_deviation(detached, old), mask)
-        add_mismatch(stats, micro_batch, old, outputs)
+        add_mismatch(stats, micro_batch, old, outputs, idle=idle)
         if outputs.routes is not None:
             add_replay(stats, micro_batch, policy.routes_of(micro_batch), idle=idle)
             stats.add_load(expert_counts(outputs.routes, policy.policy.info.num_experts) * (not idle))

@@ -20,10 +20,12 @@ from keel.learner.base import LearnerError, Update
 from keel.learner.gradient import Objective
 from keel.learner.randomness import seed_random_states
 from keel.learner.rank import CLOSE, Answer, Call, RankSpec, receive, run_rank, send, stacks_file
+from keel.learner.replay import lacks_support
 from keel.sync.base import WeightSource
 from keel.types import Verdict
 
-SCORED_STREAMS = ("old_logprobs", "ref_logprobs", "replayed_routes", "support_ids", "support_offsets")
+SCORED_STREAMS = ("old_logprobs", "ref_logprobs", "replayed_routes")
+SUPPORT_STREAMS = ("support_ids", "support_offsets")
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -207,10 +209,13 @@ class LearnerGroup:
 
 
 def _merged(whole: MicroBatch, part: MicroBatch) -> MicroBatch:
-    """`whole` with the scored streams that `part` has."""
+    """`whole` with the scored streams that `part` has, and the supports if its rank was the one to complete them."""
+    names = SCORED_STREAMS
+    if lacks_support(whole) and not lacks_support(part):
+        names += SUPPORT_STREAMS
     streams: dict[str, Any] = {
         item.name: getattr(part, item.name)
         for item in fields(part)
-        if item.name in SCORED_STREAMS and getattr(part, item.name) is not None
+        if item.name in names and getattr(part, item.name) is not None
     }
     return replace(whole, **streams) if streams else whole

@@ -15,11 +15,14 @@ NEAR_TIE = 1e-3
 """Router logits closer than this may order differently under another, equally right, order of summation."""
 
 
-def add_mismatch(stats: Stats, micro_batch: MicroBatch, logprobs: torch.Tensor, outputs: TokenOutputs) -> None:
+def add_mismatch(
+    stats: Stats, micro_batch: MicroBatch, logprobs: torch.Tensor, outputs: TokenOutputs, *, idle: bool = False
+) -> None:
     """Add the sums behind `mismatch/*` for one micro-batch.
 
     `logprobs [T]` are the learner's before the first update on the batch, `outputs` of the pass that learns, expert
-    choices and how near a tie they were among it. Without recorded log-probs nothing is added.
+    choices and how near a tie they were among it. Without recorded log-probs nothing is added. Routes are compared of
+    all rows, context too; of an `idle` micro-batch, which another rank has, none counts.
 
     `mismatch/route_diff` is about the choices that the learner's routers would make, which costs nothing to know while
     the engine's are replayed; of hidden states, then, that the replayed experts of earlier layers made, so that a
@@ -43,9 +46,10 @@ def add_mismatch(stats: Stats, micro_batch: MicroBatch, logprobs: torch.Tensor, 
         return
     _, would_differ = compare_routes(micro_batch.routed_experts, own)
     known, different = compare_routes(micro_batch.routed_experts, routes)
-    stats.add_total("mismatch/routed_tokens", known.any(-1).sum())
-    stats.add_total("mismatch/route_diff", would_differ.any(-1).sum())
-    stats.add_total("mismatch/route_disagreement", different.any(-1).sum())
+    counts = not idle
+    stats.add_total("mismatch/routed_tokens", known.any(-1).sum() * counts)
+    stats.add_total("mismatch/route_diff", would_differ.any(-1).sum() * counts)
+    stats.add_total("mismatch/route_disagreement", different.any(-1).sum() * counts)
     explained = explained_by_routes(different & (margins < NEAR_TIE), micro_batch)
     stats.add_total("mismatch/outliers_routed", (outliers & explained).sum())
 

@@ -19,13 +19,15 @@ from keel.config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    RouterConfig,
     Stage,
 )
 from keel.learner.base import LearnerError
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
+from keel.learner.replay import lacks_support
 from keel.models.router import replayed
-from keel.types import SamplingSettings, Verdict
+from keel.types import SamplingSettings, Segment, Verdict
 
 SMALL = {"gpt_oss": {"num_hidden_layers": 2}, "qwen3_moe": {"num_hidden_layers": 2, "mlp_only_layers": []}}
 KL = AlgoConfig(kl=KLConfig(coefficient=0.1))
@@ -153,20 +155,38 @@ def test_of_several_updates_the_score_pass_chooses_what_is_missing_for_all(drawn
     assert not torch.equal(again.own_routes, replayed_routes)
 
 
-def test_two_ranks_replay_as_one_does(drawn):
+def test_two_ranks_do_what_one_process_does(drawn):
+    """With routes that are missing, a cut that nobody told and the load-balancing loss, which all take passes of their
+    own; seven micro-batches on two ranks, so that one idles once, and must not count."""
     path, groups = drawn()
-    algo = AlgoConfig(updates_per_batch=2)
+    first, *others = groups
+    cut = SamplingSettings(temperature=0.9, top_k=30)
+
+    def as_if_cut(trajectory):
+        (segment,) = trajectory.segments
+        spans = [span if span.sampling is None else dataclasses.replace(span, sampling=cut) for span in segment.spans]
+        return dataclasses.replace(trajectory, segments=(Segment(tuple(spans)),))
+
+    groups = [
+        dataclasses.replace(group, trajectories=tuple(map(as_if_cut, group.trajectories)))
+        for group in (dataclasses.replace(first, trajectories=first.trajectories[1:]), *others)
+    ]
+    model = ModelConfig(path=path, router=RouterConfig(aux_loss_coefficient=0.5))
     updates = []
-    with LearnerGroup(ModelConfig(path=path), LearnerConfig(ranks=2)) as two:
-        for learner in (Learner(ModelConfig(path=path), LearnerConfig()), two):
-            learner.enter(stage(algo))
-            batch = learner.score(without_routes(packed(groups, max_tokens=150, num_updates=2), slice(None, None, 7)))
-            assert all(m.replayed_routes is not None for m in batch.micro_batches)
-            updates.append(learner.backward(batch, 0))
+    with LearnerGroup(model, LearnerConfig(ranks=2, missing_support="own_cut")) as two:
+        for learner in (Learner(model, LearnerConfig(missing_support="own_cut")), two):
+            learner.enter(stage(AlgoConfig(updates_per_batch=2)))
+            batch = without_routes(packed(groups, max_tokens=1, num_updates=2), slice(None, None, 7))
+            assert len(batch.update(0)) == 7
+            scored = learner.score(batch)
+            assert all(m.replayed_routes is not None and not lacks_support(m) for m in scored.micro_batches)
+            updates.append(learner.backward(scored, 0))
     one, two_ranks = updates
     assert two_ranks.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
-    for name in ("routes/replayed_share", "routes/missing_share", "mismatch/route_diff", "router/load_max_ratio"):
-        assert two_ranks.metrics[name] == pytest.approx(one.metrics[name]), name
+    shares = ("routes/replayed_share", "routes/missing_share", "mismatch/route_diff", "support/missing_share")
+    loads = ("router/aux_loss", "router/load_max_ratio", "router/load_entropy", "router/dead_experts")
+    for name in (*shares, *loads, "support/mean_size"):
+        assert two_ranks.metrics[name] == pytest.approx(one.metrics[name], rel=1e-5), name
     assert two_ranks.metrics["policy/ratio_max_dev"] == 0.0
 
 
