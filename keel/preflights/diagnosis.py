@@ -16,10 +16,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from keel.causes import CAUSES, Side
+from keel.causes import Side
 from keel.preflights.diagnosis_evidence import Array, Evidence, StackFacts
 from keel.preflights.diagnosis_hypotheses import Hypothesis, hypotheses
 from keel.preflights.diagnosis_pairs import best_pair
+from keel.preflights.diagnosis_patterns import by_pattern, rows_of
 from keel.preflights.diagnosis_predict import Predictor, level
 from keel.preflights.diagnosis_search import Fit, Search
 from keel.preflights.reference import Reference
@@ -35,6 +36,9 @@ SECOND_MUST_LEAVE = {"float32": 0.6, "bfloat16": 0.88}
 LEAST_SHARE = 0.25
 """A cause that does not reach the noise is named only if this much of the gap goes away with it."""
 PASSES = 300
+"""What a search for two causes takes, about."""
+MOST_TOKENS = {"float32": 1800, "bfloat16": 3600}
+"""Tokens of the probes that are looked at; more of them change nothing but the time it takes."""
 
 
 def diagnose(
@@ -51,13 +55,11 @@ def diagnose(
     if facts.pad_token_id is None:
         facts = replace(facts, pad_token_id=getattr(reference.model.config, "pad_token_id", None) or 0)
     started = time.monotonic()
-    predictor = Predictor(reference, Evidence(data), facts)
+    most = MOST_TOKENS[facts.dtype]
+    predictor = Predictor(reference, Evidence(chosen_probes(data, most)), facts)
     pass_s = time.monotonic() - started
-    affordable = max(1, int(len(data.sequences) * budget_s / (PASSES * pass_s)))
-    if affordable < len(data.sequences):
-        trainer = data.trainer[:affordable]
-        data = replace(data, sequences=data.sequences[:affordable], trainer=trainer)
-        predictor = Predictor(reference, Evidence(data), facts)
+    if budget_s < PASSES * pass_s:
+        predictor = Predictor(reference, Evidence(chosen_probes(data, most * budget_s / (PASSES * pass_s))), facts)
     noise = predictor.noise(facts.dtype)
     found = [*lost_stop_tokens(data, facts)]
     for number, side in enumerate(SIDES):
@@ -65,7 +67,23 @@ def diagnose(
         if observed is not None:
             deadline = started + budget_s * (number + 1) / len(SIDES)
             found += _of_side(predictor, side, observed, noise, deadline)
-    return tuple(sorted(found, key=lambda each: (each.cause == "unexplained", each.gap_after - each.gap_before)))
+    return _ordered(found)
+
+
+def _ordered(found: Sequence[Attribution]) -> tuple[Attribution, ...]:
+    """What replies show by themselves first, then by nats; a cause that a search fitted is not told twice."""
+    fitted = {(each.cause, each.side) for each in found if each.gap_before > 0}
+    kept = [each for each in found if each.gap_before > 0 or (each.cause, each.side) not in fitted]
+    return tuple(sorted(kept, key=lambda e: (e.cause == "unexplained", e.gap_before > 0, e.gap_after - e.gap_before)))
+
+
+def chosen_probes(data: ProbeData, most: float) -> ProbeData:
+    """Sequences from all over the probes with about `most` tokens; at least two."""
+    total = sum(len(each) for each in data.sequences)
+    count = min(len(data.sequences), max(2, round(len(data.sequences) * most / max(total, 1))))
+    chosen = sorted({round(each) for each in np.linspace(0, len(data.sequences) - 1, count)})
+    sequences = tuple(data.sequences[index] for index in chosen)
+    return replace(data, sequences=sequences, trainer=tuple(data.trainer[i] for i in chosen) if data.trainer else ())
 
 
 def healthy_level(noise: float, dtype: str) -> float:
@@ -74,19 +92,34 @@ def healthy_level(noise: float, dtype: str) -> float:
 
 
 def lost_stop_tokens(data: ProbeData, facts: StackFacts) -> list[Attribution]:
-    """Replies that ended at a stop token and do not have it. The share of them is the strength; no gap need show."""
+    """Replies without the stop token that ended them, by themselves or by what the learner is shown of them.
+
+    The share of them is the strength; no gap need show.
+    """
     stopped = [
         int(sequence.token_ids[reply.stop - 1])
         for sequence in data.sequences
         for reply in sequence.replies
         if reply.finish_reason == "stop" and reply.stop > reply.start
     ]
+    found = []
     lost = sum(token not in facts.stop_token_ids for token in stopped)
-    if not facts.stop_token_ids or lost == 0:
-        return []
-    text = f"{lost} of {len(stopped)} replies that ended at a stop token do not have it"
-    share = lost / len(stopped)
-    return [Attribution("lost_stop_token", "engine", share, 0.0, 0.0, strength=share, text=text)]
+    if facts.stop_token_ids and lost:
+        text = f"{lost} of {len(stopped)} replies that ended at a stop token do not have it"
+        found.append(_lost("engine", lost / len(stopped), text))
+    if data.trainer:
+        evidence = Evidence(data)
+        lost = sum(len(evidence.lost_ends(index)) for index in range(len(data.sequences)))
+        replies = sum(len(sequence.replies) for sequence in data.sequences)
+        if lost >= 2:
+            found.append(
+                _lost("learner", lost / replies, f"the learner is not shown the end of {lost} of {replies} replies")
+            )
+    return found
+
+
+def _lost(side: Side, share: float, text: str) -> Attribution:
+    return Attribution("lost_stop_token", side, share, 0.0, 0.0, strength=share, text=text)
 
 
 def _of_side(predictor: Predictor, side: Side, observed: Array, noise: float, deadline: float) -> list[Attribution]:
@@ -98,7 +131,10 @@ def _of_side(predictor: Predictor, side: Side, observed: Array, noise: float, de
     candidates = hypotheses(predictor.reference, predictor.evidence, predictor.facts, side)
     search = Search(predictor, observed, done, deadline, stops_early=dtype == "float32")
     chosen = _choose(search, candidates, gap, dtype)
-    return _rows(search, chosen, side, gap)
+    rows = rows_of(search, chosen, side, gap)
+    if chosen.left <= search.done:
+        return rows
+    return by_pattern(search, candidates, side, gap) or rows
 
 
 def _choose(search: Search, candidates: Sequence[Hypothesis], gap: float, dtype: str) -> Fit:
@@ -110,9 +146,9 @@ def _choose(search: Search, candidates: Sequence[Hypothesis], gap: float, dtype:
     if single.left <= search.done:
         return single
     pair = best_pair(search, candidates, fits)
-    if pair is not None and pair.left <= SECOND_MUST_LEAVE[dtype] * single.left:
-        if pair.left <= search.done or pair.left <= (1.0 - LEAST_SHARE) * gap:
-            return pair
+    worth = SECOND_MUST_LEAVE[dtype] * single.left
+    if pair is not None and pair.left <= worth and pair.left <= max(search.done, (1.0 - LEAST_SHARE) * gap):
+        return pair
     return single if single.left <= (1.0 - LEAST_SHARE) * gap else Fit((), gap)
 
 
@@ -121,36 +157,3 @@ def _plainest(fits: Sequence[Fit], done: float, dtype: str) -> Fit:
     best = min(fit.left for fit in fits)
     enough = max(best * 1.03, done if dtype == "float32" else 0.0)
     return next(fit for fit in fits if fit.left <= enough)
-
-
-def _rows(search: Search, chosen: Fit, side: Side, gap: float) -> list[Attribution]:
-    rows = []
-    for hypothesis, share in zip(chosen.hypotheses, _shares(search, chosen, gap), strict=True):
-        rows.append(
-            Attribution(
-                hypothesis.cause,
-                side,
-                explained=share,
-                gap_before=gap,
-                gap_after=gap * (1.0 - share),
-                layer=hypothesis.layer,
-                strength=hypothesis.strength,
-                group=hypothesis.group,
-                text=f"{CAUSES[hypothesis.cause].title} ({hypothesis.text})",
-            )
-        )
-    if chosen.left > search.done and chosen.left > 0.02 * gap:
-        text = "time ran out before every hypothesis was tried" if search.was_cut_short else ""
-        left = chosen.left / gap
-        rows.append(Attribution("unexplained", side, left, gap_before=gap, gap_after=chosen.left, text=text))
-    return rows
-
-
-def _shares(search: Search, chosen: Fit, gap: float) -> list[float]:
-    """What each of one or two causes takes away: the mean over both orders of undoing them (Shapley's value)."""
-    together = max(0.0, 1.0 - chosen.left / gap)
-    if len(chosen.hypotheses) < 2:
-        return [together] * len(chosen.hypotheses)
-    alone = [1.0 - search.left([each]) / gap for each in chosen.hypotheses]
-    first = float(np.clip(0.5 * (alone[0] + together - alone[1]), 0.02 * together, 0.98 * together))
-    return [first, together - first]

@@ -81,7 +81,22 @@ class Evidence:
         else:
             parts = [s.engine_logprobs[s.drawn] for s in self.sequences]
         values = np.concatenate(parts).astype(np.float64)
+        if side == "learner":
+            ends = [places for index in range(len(self.sequences)) for places in self._is_lost(index)]
+            values[ends] = np.nan
         return values if np.isfinite(values).any() else None
+
+    def lost_ends(self, index: int) -> list[int]:
+        """Places of last tokens of replies that the learner gives a log-prob of exactly 0: it was not shown them."""
+        if not self._trainer or self.sequences[index].sampling.temperature == 0:
+            return []
+        told = self._trainer[index].logprobs
+        ends = [reply.stop - 1 for reply in self.sequences[index].replies if reply.stop > reply.start]
+        return [end for end in ends if told[end] == 0.0]
+
+    def _is_lost(self, index: int) -> list[int]:
+        lost = self.lost_ends(index)
+        return np.flatnonzero((self.sequence == index) & np.isin(self.position, lost)).tolist() if lost else []
 
     def all_of(self, side: Side, index: int) -> Array | None:
         """`[n]` log-probs at temperature 1 of sequence `index`, context included, where `side` gives them."""
@@ -201,5 +216,3 @@ def _put_in(allowed: torch.Tensor, rows: Sequence[int], support: Support) -> Non
             start += count
         else:
             allowed[row] = True
-
-

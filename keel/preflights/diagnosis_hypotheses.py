@@ -78,6 +78,8 @@ def hypotheses(reference: Reference, evidence: Evidence, facts: StackFacts, side
     """All that can be told apart on this model, of this side; the plainest first."""
     found = [*_readouts(evidence, side), *_model(reference, facts), *_stale(reference), *_routes(evidence, side)]
     for reading in _readings(facts):
+        if reading[1].kind == "without_ends" and side == "engine":
+            continue
         if readable(reading[1], evidence, facts):
             found.append(Hypothesis(reading[0], reading=reading[1]))
     return found
@@ -184,6 +186,7 @@ def _readings(facts: StackFacts) -> Iterator[tuple[str, Reading]]:
         yield "wrong_template", Reading("without_first", count)
     for count in (1, 2, 4, 8, 16):
         yield "wrong_padding", Reading("gap", count)
+    yield "lost_stop_token", Reading("without_ends")
     yield "retokenized_turns", Reading("retokenized")
     yield "lost_stop_token", Reading("without_stop")
     for count in (1, 2, 3):

@@ -75,7 +75,7 @@ Pair = tuple[Hypothesis, Hypothesis]
 def _with_readout(search: Search, rough: Sequence[Hypothesis]) -> list[Pair]:
     """Every readout beside everything else, by what they leave."""
     readouts = [each for each in rough if each.readout is not None]
-    ranked = []
+    ranked: list[tuple[float, int, Pair]] = []
     for number, readout in enumerate(readouts):
         others = [*readouts[:number], *(each for each in rough if each.readout is None)]
         for other in others:
@@ -126,7 +126,7 @@ def _left_by_both(gap: Array, first: Array, second: Array) -> float:
 def _beside_the_best(search: Search, rough: Sequence[Hypothesis], fits: Sequence[Fit]) -> list[Pair]:
     """What stands alone best, beside everything else, by what they leave; a pass for each."""
     best = min(fits, key=lambda fit: fit.left).hypotheses[0]
-    ranked = []
+    ranked: list[tuple[float, int, Pair]] = []
     for other in rough:
         if time.monotonic() > search.deadline:
             break

@@ -63,7 +63,7 @@ class Predictor:
         return np.where(chosen, found, as_asked)
 
     def noise(self, dtype: str) -> float:
-        """The level of a healthy side's residual: rounding of `dtype` against float32, or of float32 against float64."""
+        """Level of rounding: `dtype` against float32, or float32 against float64."""
         change = Change("bfloat16") if dtype == "bfloat16" else Change("float64")
         return level(self.rows.logprobs(self._logits((change,), None)) - self.base)
 

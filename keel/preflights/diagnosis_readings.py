@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from keel.preflights.stack import ProbeSequence
 
 Tokens = tuple[int, ...]
-WHOLE = ("pads", "without_first", "gap", "stretched")
+WHOLE = ("pads", "without_first", "gap", "stretched", "without_ends")
 """Readings under which a sequence stays one, from the first token to the last."""
 
 
@@ -23,9 +23,10 @@ class Reading:
 
     "pads": `value` tokens `token` stand before it, and are seen; "gap": positions jump by `value` at the first drawn
     token; "stretched": positions are multiplied by `value`; "without_first": the first `value` tokens are missing;
-    "without_last": the last `value` tokens of the context before each reply; "without_stop": the last token of earlier
-    replies; "retokenized": earlier replies, decoded and encoded again; "forgotten": earlier replies and what came
-    before the last one's context.
+    "without_last": the last `value` tokens of the context before each reply; "without_stop": the stop tokens of earlier
+    replies; "without_ends": the last tokens of replies that the learner tells nothing of; "retokenized": earlier
+    replies are decoded and encoded again; "forgotten": earlier replies and what came before them are missing;
+    "routes": the side's own choice of experts (`token` 0: the engine's, 1: the learner's).
     """
 
     kind: str
@@ -35,11 +36,14 @@ class Reading:
 
 def readable(reading: Reading, evidence: Evidence, facts: StackFacts) -> bool:
     """Does `reading` say anything else than what was shown, for any sequence?"""
+    if reading.kind == "without_ends":
+        return any(evidence.lost_ends(index) for index in range(len(evidence.sequences)))
     for sequence in evidence.sequences:
         shown = tuple(int(token) for token in sequence.token_ids)
-        if any(feed.positions is not None or feed.token_ids != shown[:stop] for feed, _, stop in _feeds(
-            reading, sequence, facts
-        )):
+        if any(
+            feed.positions is not None or feed.token_ids != shown[:stop]
+            for feed, _, stop in _feeds(reading, sequence, facts)
+        ):
             return True
     return False
 
@@ -47,13 +51,19 @@ def readable(reading: Reading, evidence: Evidence, facts: StackFacts) -> bool:
 def read_otherwise(reading: Reading, evidence: Evidence, facts: StackFacts) -> tuple[list[Feed], list[int]]:
     """Feeds of all replies, and for each of their wanted rows its place in the rows of `Evidence.feeds`."""
     feeds, targets, first = [], [], 0
-    for sequence in evidence.sequences:
+    for index, sequence in enumerate(evidence.sequences):
         places = evidence.places(sequence)
+        if reading.kind == "without_ends":
+            feed, told = _without(sequence, evidence.lost_ends(index))
+            feeds.append(feed)
+            targets += [first + places.index(place) for place in told]
+            first += len(places)
+            continue
         row_of = {place: first + row for row, place in enumerate(places)}
         for feed, start, _ in _feeds(reading, sequence, facts):
             feeds.append(feed)
-            told = places if reading.kind in WHOLE else range(start, start + len(feed.wanted))
-            targets += [row_of[place] for place in told]
+            own = range(start, start + len(feed.wanted))
+            targets += [row_of[place] for place in (places if reading.kind in WHOLE else own)]
         first += len(places)
     return feeds, targets
 
@@ -97,6 +107,15 @@ def _whole(reading: Reading, sequence: ProbeSequence, shown: Tokens) -> tuple[Fe
     places = [reply_place for each in sequence.replies for reply_place in range(each.start, each.stop)]
     wanted = tuple(place + moved - 1 for place in places)
     return Feed(tokens, wanted, _positions(reading, sequence, len(tokens))), start, len(shown)
+
+
+def _without(sequence: ProbeSequence, lost: list[int]) -> tuple[Feed, list[int]]:
+    """The sequence without the tokens at `lost`, and the drawn places whose rows are wanted."""
+    kept = [place for place in range(len(sequence)) if place not in lost]
+    told = [place for place in kept if sequence.drawn[place]]
+    row_of = {place: row for row, place in enumerate(kept)}
+    tokens = tuple(int(sequence.token_ids[place]) for place in kept)
+    return Feed(tokens, tuple(row_of[place] - 1 for place in told)), told
 
 
 def _again(reading: Reading, reply: Tokens, facts: StackFacts) -> Tokens:

@@ -25,9 +25,9 @@ ROPE_CHANGES = ("theta", "factor", "original", "attention", "linear", "none")
 class Change:
     """One thing done otherwise. `kind` says what, `detail` which of its ways, `layer` where (None: everywhere).
 
-    `value`: sinks: share of the sink's weight that is lost, 1 all of it; window: tokens added to it; rope: what the named
-    number is multiplied by; experts, stale and weights_bfloat16: how far the weights go to the wrong ones, 1 all the way.
-    `experts` are those concerned, None: all of them.
+    `value`: sinks: share of the sink's weight that is lost, 1 all of it; window: tokens added to it; rope: what the
+    named number is multiplied by; experts, stale and weights_bfloat16: how far the weights go to the wrong ones, 1 all
+    the way. `experts` are those concerned, None: all of them.
     """
 
     kind: str
@@ -64,8 +64,7 @@ def changed_parameters(
     own = dict(model.named_parameters())
     for change in changes:
         if change.kind in _PARAMETER_CHANGES:
-            for name, value in _PARAMETER_CHANGES[change.kind](model, own | new, change, earlier):
-                new[name] = value
+            new |= dict(_PARAMETER_CHANGES[change.kind](model, own | new, change, earlier))
     return new
 
 
@@ -161,7 +160,7 @@ def _stale(_: nn.Module, own: Parameters, change: Change, earlier: Sequence[Para
     """`detail` is "VERSION:GROUP", version an index into `earlier`; an empty group means every tensor."""
     from keel.sync.groups import tensor_groups
 
-    version, _, group = change.detail.partition(":")
+    version, group = change.detail.split(":")
     state = earlier[int(version)]
     names = tensor_groups(list(own))[group] if group else list(own)
     for name in names:
@@ -187,7 +186,7 @@ _PARAMETER_CHANGES: Mapping[str, Callable[[nn.Module, Parameters, Change, Any], 
 def rope_changed(model: nn.Module, changes: Sequence[Change]) -> Iterator[None]:
     """The rotary module's frequencies and scale computed anew, from a configuration that `changes` alter."""
     wanted = [change for change in changes if change.kind == "rope"]
-    rotary = next((module for module in model.modules() if hasattr(module, "inv_freq")), None)
+    rotary: Any = next((module for module in model.modules() if hasattr(module, "inv_freq")), None)
     if not wanted or rotary is None:
         yield
         return
