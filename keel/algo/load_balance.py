@@ -62,7 +62,8 @@ def load_metrics(counts: torch.Tensor) -> dict[str, float]:
     """Figures of the load `counts [L, E]`, from how many tokens chose each expert.
 
     `load_max_ratio` is the most used expert's load over the mean, `load_entropy` the entropy of the load over that of
-    a balanced one, `dead_experts` how many nobody chose; over all layers the worst, the mean and the sum of these.
+    a balanced one, `dead_experts` how many nobody chose; over all layers the worst, the mean and the sum of these. The
+    first is told of each layer too.
     """
     totals = counts.sum(-1, keepdim=True)
     if not counts.numel() or not bool((totals > 0).all()):
@@ -77,8 +78,4 @@ def load_metrics(counts: torch.Tensor) -> dict[str, float]:
         "router/load_entropy": float(entropies.mean()),
         "router/dead_experts": float(sum(dead)),
     }
-    for layer, (ratio, entropy) in enumerate(zip(ratios, entropies.tolist(), strict=True)):
-        metrics[f"router/layer_{layer:02d}/load_max_ratio"] = ratio
-        metrics[f"router/layer_{layer:02d}/load_entropy"] = entropy
-        metrics[f"router/layer_{layer:02d}/dead_experts"] = float(dead[layer])
-    return metrics
+    return metrics | {f"router/layer_{layer:02d}/load_max_ratio": ratio for layer, ratio in enumerate(ratios)}
