@@ -61,7 +61,7 @@ def reinforce(weights: Path, out: Path, numerics: str, seed: int, max_tokens: in
         "ratio_max_dev": max(row["policy/ratio_max_dev"] for row in rows),
         "recompute_max_dev": max(row["policy/recompute_max_dev"] for row in rows),
         "drawn_tokens": sum(int(row["policy/loss_tokens"]) for row in rows),
-        "turns_mean": round(statistics.mean(row.get("rollout/turns_mean", 0.0) for row in rows), 3),
+        "turns_mean": round(statistics.mean(row.get("rollout/turns", 0.0) for row in rows), 3),
         "step_s_median": round(statistics.median(spent), 4),
         "ms_per_token_median": round(
             statistics.median(1e3 * row["time/step_s"] / max(1.0, row["policy/loss_tokens"]) for row in rows), 4
