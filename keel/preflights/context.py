@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from keel.engines.base import EngineError
 from keel.models.progress import no_progress_bars
 from keel.preflights.gap import GapFigures, Noise, judged_gap, measure_noise
 from keel.preflights.probes import ProbePlan, draw_probes
@@ -31,6 +32,7 @@ class Context:
     _data: ProbeData | None = None
     _noise: Noise | None = None
     _reference: Reference | None = None
+    _probes_failure: EngineError | None = None
     engine_failure: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -41,9 +43,15 @@ class Context:
 
     def probes(self) -> ProbeData:
         """Sequences that the engine drew, scored by both sides. Raises EngineError if the engine fails."""
+        if self._probes_failure is not None:
+            raise EngineError(f"the probes could not be drawn: {self._probes_failure}")
         if self._data is None:
-            drawn = draw_probes(self.stack, self.plan, self.stack.sampling)
-            self._data = with_scores(self.stack, drawn)
+            try:
+                drawn = draw_probes(self.stack, self.plan, self.stack.sampling)
+                self._data = with_scores(self.stack, drawn)
+            except EngineError as error:
+                self._probes_failure = error
+                raise
         return self._data
 
     @property

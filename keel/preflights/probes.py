@@ -5,6 +5,7 @@ Lengths are ragged and cross the sliding window, where there is one. What is dra
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,11 +85,14 @@ def draw_probes(stack: Stack, plan: ProbePlan, sampling: SamplingSettings) -> Pr
     begun, notes = _begin(stack, plan)
     # A session keeps its place in the engine until it is ended, so no more are begun at once than there are places.
     places = max(1, stack.engine.capabilities().max_concurrency)
-    done = [
-        each
-        for start in range(0, len(begun), places)
-        for each in _grown(stack, plan, sampling, dict(enumerate(begun[start : start + places], start)))
-    ]
+    done: list[_Growing] = []
+    for start in range(0, len(begun), places):
+        growing = dict(enumerate(begun[start : start + places], start))
+        try:
+            done += _grown(stack, plan, sampling, growing)
+        except EngineError:
+            _forget(stack, [each.session for each in growing.values()])
+            raise
     moe = (stack.trainer.info.num_moe_layers, stack.trainer.info.top_k)
     return ProbeData(tuple(_probe(each, sampling, moe) for each in done), notes=tuple(notes))
 
@@ -109,6 +113,12 @@ def _grown(stack: Stack, plan: ProbePlan, sampling: SamplingSettings, growing: d
         if not growing:
             break
     return done
+
+
+def _forget(stack: Stack, sessions: Sequence[str]) -> None:
+    """End sessions of an engine that failed, as far as it still listens."""
+    with contextlib.suppress(EngineError):
+        stack.engine.end_sessions(sessions)
 
 
 def random_tokens(stack: Stack, rng: random.Random, size: int) -> tuple[int, ...]:

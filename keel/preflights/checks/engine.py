@@ -171,9 +171,12 @@ def _request(
 
 def _asked(context: Context, requests: list[GenerateRequest], *, keep: bool = False) -> list[GenerateResult]:
     """Their results. Raises EngineError if one is refused."""
-    results = context.stack.engine.generate(requests)
-    if not keep:
-        context.stack.engine.end_sessions([each.session_id for each in requests if each.session_id])
+    results = []
+    try:
+        results = context.stack.engine.generate(requests)
+    finally:
+        if not (keep and results):
+            context.stack.engine.end_sessions([each.session_id for each in requests if each.session_id])
     for result in results:
         if result.finish_reason == "error" or not result.token_ids:
             raise EngineError(f"generate: {result.error or 'no token was drawn'} (request {result.request_id})")
