@@ -30,7 +30,7 @@ def main(directory: Path, pip_arguments: list[str]) -> None:
         venv.create(directory, with_pip=True)
 
     def pip(*arguments: str) -> None:
-        command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        command = [str(python), "-m", "pip", "--quiet", "--quiet", "--disable-pip-version-check", *arguments]
         subprocess.run(command, check=True)
 
     pip("install", *pip_arguments, TORCH)
