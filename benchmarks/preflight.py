@@ -1,0 +1,257 @@
+"""Does preflight name what is wrong? Faults at random strengths are planted in a stack, and its result is compared.
+
+    python -m benchmarks.preflight --first-seed 1000 --singles 3 --pairs 20 --out benchmarks/results/preflight.json
+    python -m benchmarks.preflight --first-seed 1000 --engine vllm --singles 1 --pairs 4 --out vllm.json
+
+A case is a model family, a type, a side and one or two causes at strengths drawn from its seed; `--singles` is how many
+per cause, side, family and type. Every case runs `keel.preflight` on a run's config with `engine.distortions` or
+`learner.distortions`, as a user would. Healthy stacks of all families and types are cases too. In bfloat16 a case
+counts if its gap is more than 3 times the noise that preflight measured; the others are listed, not counted.
+
+Found means: of one cause, that it is named; of a pair, that both are among the first three. Precision is over all
+causes that are named. Rows are written as they come, so that a campaign that is stopped is a shorter one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keel
+from keel.causes import CAUSES, Side
+from keel.distortion import Distortion, applies, random_distortions
+from keel.models.info import ModelInfo, model_info
+from keel.models.tiny import tiny_config
+from keel.preflights.result import PreflightResult
+from keel.preflights.runner import versions
+from keel.types import SamplingSettings
+
+PRESETS = ("gpt_oss", "qwen3", "qwen3_moe")
+DTYPES = ("float32", "bfloat16")
+SIDES: tuple[Side, ...] = ("engine", "learner")
+SAMPLINGS = (SamplingSettings(), SamplingSettings(0.7), SamplingSettings(0.8, 0.9), SamplingSettings(0.9, 0.95, 40))
+NOT_BEFORE_A_RUN = {"learner": ("stale_version", "stale_tensor_group")}
+"""A learner is only ever late with its own updates, and before a run there is none."""
+COUNTS_FROM = 3.0
+TOP = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is planted (nothing: a healthy stack) and where."""
+
+    seed: int
+    preset: str
+    dtype: str
+    side: Side
+    sampling: SamplingSettings
+    planted: tuple[Distortion, ...]
+
+
+def cases(first_seed: int, num_singles: int, num_pairs: int) -> list[Case]:
+    """Every cause on every side, family and type `num_singles` times, `num_pairs` pairs, and the healthy stacks."""
+    found: list[Case] = []
+    seeds = iter(range(first_seed, first_seed + 1_000_000))
+    for preset in PRESETS:
+        info = _info(preset)
+        for dtype in DTYPES:
+            found += [Case(next(seeds), preset, dtype, "engine", sampling, ()) for sampling in SAMPLINGS[:2]]
+            for side in SIDES:
+                for cause in CAUSES:
+                    for _ in range(num_singles):
+                        found += _single(next(seeds), preset, dtype, side, cause, info)
+    rng = random.Random(first_seed)
+    for _ in range(num_pairs):
+        preset, dtype, side = rng.choice(PRESETS), rng.choice(DTYPES), rng.choice(SIDES)
+        found += _pair(next(seeds), preset, dtype, side, _info(preset))
+    rng.shuffle(found)  # so that a campaign that is stopped has seen some of everything
+    return found
+
+
+def _info(preset: str) -> ModelInfo:
+    return model_info(tiny_config(preset, vocab_size=400))  # type: ignore[arg-type]
+
+
+def _single(seed: int, preset: str, dtype: str, side: Side, cause: str, info: ModelInfo) -> Iterator[Case]:
+    rng = random.Random(seed)
+    fitting = [each for each in SAMPLINGS if applies(cause, side, info, each)]
+    if fitting and cause not in NOT_BEFORE_A_RUN.get(side, ()):
+        sampling = rng.choice(fitting)
+        planted = random_distortions(rng, 1, side, info, sampling, among=[cause])
+        yield Case(seed, preset, dtype, side, sampling, tuple(planted))
+
+
+def _pair(seed: int, preset: str, dtype: str, side: Side, info: ModelInfo) -> Iterator[Case]:
+    rng = random.Random(seed)
+    sampling = rng.choice(SAMPLINGS)
+    among = [cause for cause in CAUSES if cause not in NOT_BEFORE_A_RUN.get(side, ())]
+    yield Case(
+        seed, preset, dtype, side, sampling, tuple(random_distortions(rng, 2, side, info, sampling, among=among))
+    )
+
+
+def config_of(case: Case, engine: str) -> dict[str, Any]:
+    """A run's config with the case's faults in it."""
+    planted = [each.to_json() for each in case.planted]
+    return {
+        "name": "preflight campaign",
+        "model": {"dtype": case.dtype, "tiny": {"preset": case.preset, "vocab_size": 400}},
+        "env": {"id": "CalculatorEnv"},
+        "rollout": {
+            "temperature": case.sampling.temperature,
+            "top_p": case.sampling.top_p,
+            "top_k": case.sampling.top_k,
+            "max_sequence_tokens": 320,
+        },
+        "engine": {"id": engine, "distortions": planted if case.side == "engine" else []}
+        | ({"process": "same"} if engine == "embedded" else {}),
+        "learner": {"distortions": planted if case.side == "learner" else []},
+    }
+
+
+def row_of(case: Case, engine: str, budget_s: float) -> dict[str, Any]:
+    """Run the case; what was planted, what was named, and how long it took."""
+    row: dict[str, Any] = {
+        "seed": case.seed,
+        "preset": case.preset,
+        "dtype": case.dtype,
+        "engine": engine,
+        "side": case.side if case.planted else "",
+        "sampling": [case.sampling.temperature, case.sampling.top_p, case.sampling.top_k],
+        "planted": [each.to_json() for each in case.planted],
+    }
+    began = time.perf_counter()
+    try:
+        result = keel.preflight(config_of(case, engine), seed=case.seed, budget_s=budget_s)
+    except Exception as error:  # noqa: BLE001 (a case that cannot be run is a row that says so)
+        traceback.print_exc(file=sys.stderr)
+        return row | {"error": f"{type(error).__name__}: {error}", "wall_s": round(time.perf_counter() - began, 2)}
+    return row | _judged(case, result) | {"wall_s": round(time.perf_counter() - began, 2)}
+
+
+def _judged(case: Case, result: PreflightResult) -> dict[str, Any]:
+    planted = {each.cause for each in case.planted}
+    named = list(dict.fromkeys(result.causes))
+    gap, noise = result.gap.get("abs_mean", 0.0), result.noise or 0.0
+    visible = {"lost_stop_token", "stale_version", "stale_tensor_group"} & planted
+    counts = case.dtype == "float32" or not planted or gap > COUNTS_FROM * noise or bool(visible)
+    return {
+        "named": named,
+        "found": planted <= set(named[:TOP] if len(planted) > 1 else named),
+        "wrong": [cause for cause in named if cause not in planted],
+        "right_side": all(each.side == case.side for each in result.attribution if each.cause in planted),
+        "counts": counts,
+        "gap": gap,
+        "noise": noise,
+        "verdict": result.verdict,
+        "failed": [each.id for each in result.checks if each.status == "fail"],
+        "attribution": [
+            [each.cause, each.side, round(each.explained, 4), each.strength, each.group] for each in result.attribution
+        ],
+        "duration_s": round(result.duration_s, 2),
+    }
+
+
+def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Recall, precision and false alarms over the rows that count."""
+    ran = [row for row in rows if "error" not in row]
+    counted = [row for row in ran if row["counts"] and row["planted"]]
+    found: dict[str, Any] = {}
+    for name, size in (("singles", 1), ("pairs", 2)):
+        some = [row for row in counted if len(row["planted"]) == size]
+        named = sum(len(row["named"]) for row in some)
+        wrong = sum(len(row["wrong"]) for row in some)
+        found[name] = {
+            "cases": len(some),
+            "recall": round(sum(row["found"] for row in some) / max(1, len(some)), 4),
+            "precision": round(1.0 - wrong / max(1, named), 4),
+            "right_side": round(sum(row["right_side"] for row in some) / max(1, len(some)), 4),
+        }
+    by_cause = {}
+    for cause in CAUSES:
+        some = [row for row in counted if [each["cause"] for each in row["planted"]] == [cause]]
+        if some:
+            missed = [row["named"] for row in some if not row["found"]]
+            by_cause[cause] = {"cases": len(some), "found": len(some) - len(missed), "named_instead": missed}
+    healthy = [row for row in ran if not row["planted"]]
+    durations = sorted(row["duration_s"] for row in ran)
+    return found | {
+        "by_cause": by_cause,
+        "healthy": {"cases": len(healthy), "alarms": [row["named"] for row in healthy if row["named"]]},
+        "not_counted": sum(not row["counts"] for row in ran),
+        "errors": len(rows) - len(ran),
+        "duration_s": {"median": durations[len(durations) // 2], "max": durations[-1]} if durations else {},
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first-seed", type=int, required=True, help="below 1000: for building; from 1000: to report")
+    parser.add_argument("--singles", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--engine", default="embedded", choices=("embedded", "vllm"))
+    parser.add_argument("--preset", default="", choices=("", *PRESETS))
+    parser.add_argument("--dtype", default="", choices=("", *DTYPES))
+    parser.add_argument("--cause", default="", help="only cases with this cause, or 'healthy'")
+    parser.add_argument("--most", type=int, default=0, help="stop after so many cases")
+    parser.add_argument("--stop-after-s", type=float, default=0.0, help="begin no case after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=120.0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    wanted = [case for case in cases(options.first_seed, options.singles, options.pairs) if _is_wanted(case, options)]
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for case in wanted[: options.most or None]:
+        if options.stop_after_s and time.monotonic() - began > options.stop_after_s:
+            break
+        rows.append(row_of(case, options.engine, options.budget_s))
+        sys.stdout.write(_told(rows[-1]) + "\n")
+        sys.stdout.flush()
+        _write(options.out, rows, len(wanted))
+    sys.stdout.write(json.dumps(summary_of(rows), indent=1) + "\n")
+
+
+def _is_wanted(case: Case, options: argparse.Namespace) -> bool:
+    causes = [each.cause for each in case.planted] or ["healthy"]
+    return all(
+        (
+            not options.preset or case.preset == options.preset,
+            not options.dtype or case.dtype == options.dtype,
+            not options.cause or options.cause in causes,
+        )
+    )
+
+
+def _told(row: dict[str, Any]) -> str:
+    planted = ", ".join(str(replace(Distortion(**each), seed=0)) for each in row["planted"]) or "healthy"
+    verdict = row.get("error") or f"{'found' if row['found'] else 'MISSED'} {row['attribution']} gap {row['gap']:.2g}"
+    where = f"{row['seed']} {row['preset']} {row['dtype']} {row['side']} {row['sampling']}"
+    return f"{where}: {planted}: {verdict} {row['wall_s']} s"
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]], num_planned: int) -> None:
+    report = {
+        "command": " ".join([Path(sys.executable).name, "-m", "benchmarks.preflight", *sys.argv[1:]]),
+        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        "versions": versions(),
+        "planned": num_planned,
+        "summary": summary_of(rows),
+        "rows": list(rows),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
