@@ -68,6 +68,7 @@ def sample_groups(
 ) -> list[Group]:
     """Episodes of two turns of `num_new` tokens each, after random prompts; rewards are random too."""
     generator = np.random.default_rng(0)
+    routes = engine.capabilities().returns_routes
 
     async def play(index: int, prompt: tuple[int, ...], tool: tuple[int, ...]) -> Trajectory:
         record, turns = TokenRecord(), []
@@ -76,7 +77,7 @@ def sample_groups(
             record.feed(Prompt(tokens, extends=turn > 0))
             segment, span = record.place
             request = GenerateRequest(
-                f"{index}/{turn}", str(index), tokens, sampling, num_new, (), index * 2 + turn, True, return_support
+                f"{index}/{turn}", str(index), tokens, sampling, num_new, (), index * 2 + turn, routes, return_support
             )
             record.draw(await engine.generate(request))
             turns.append(Turn((), "", "length", segment, span))

@@ -14,8 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.routing_replay import sample_groups
+from keel.algo.advantage import group_mean
+from keel.algo.apply import add_advantages
+from keel.batch import pack
+from keel.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig, Stage
 from keel.engines.base import EngineError, GenerateResult, WeightSource
 from keel.engines.vllm.engine import VllmEngine
+from keel.learner.learner import Learner
 from keel.sync.base import SyncError
 from keel.sync.publish import publish_async
 from keel.sync.transports import write_weights
@@ -94,7 +100,7 @@ def test_what_top_k_and_top_p_leave_is_told_and_its_log_probs_are_the_models(
     ids = array("I")
     ids.frombytes(span.support.ids)
     wanted = rows(reference, (*PROMPT, *span.token_ids), 0.7)[len(PROMPT) - 1 : -1]
-    start, worst = 0, 0.0
+    start, gaps = 0, []
     for count, token, told, row in zip(span.support.counts, span.token_ids, span.logprobs, wanted, strict=True):
         left = list(ids[start : start + count])
         start += count
@@ -103,9 +109,24 @@ def test_what_top_k_and_top_p_leave_is_told_and_its_log_probs_are_the_models(
         # The dense model's own cut: its 20 best, of these the fewest with 0.9 of their probability.
         best = torch.softmax(row.topk(20).values, 0)
         assert abs(count - int((best.cumsum(0) < 0.9).sum()) - 1) <= 1
-        worst = max(worst, abs(float(row[token] - torch.logsumexp(row[left], 0)) - told))
-    assert worst <= 2e-6
+        gaps.append(abs(float(row[token] - torch.logsumexp(row[left], 0)) - told))
+    assert sum(gaps) / len(gaps) <= 1e-6
+    assert max(gaps) <= 2e-5
     assert result.sampling == settings
+
+
+def test_the_learner_agrees_over_what_the_server_left(engine: VllmEngine, vllm_model: Callable[..., str]) -> None:
+    """The same through the learner's own packing and head, routing and cut its own."""
+    groups = sample_groups(engine, SamplingSettings(0.7, 0.9, 20), num_groups=3, num_new=32, return_support=True)
+    learner = Learner(ModelConfig(path=vllm_model()), LearnerConfig())
+    learner.enter(Stage("reinforcement", 0, 8, AlgoConfig(), OptimConfig()))
+    batch = add_advantages(pack(groups, max_tokens=400, num_updates=1), group_mean, {})
+    metrics = learner.backward(batch).metrics
+    assert metrics["mismatch/abs_mean"] <= 1e-6
+    assert metrics["mismatch/abs_max"] <= 2e-5
+    assert 1.0 < metrics["support/mean_size"] <= 20.0
+    assert metrics["support/missing_share"] == 0.0
+    assert metrics["support/own_diff"] < 0.01
 
 
 def test_greedy_draws_the_most_likely(engine: VllmEngine, reference: Any) -> None:
@@ -264,21 +285,19 @@ def test_published_weights_are_sampled_from_also_in_mid_generation(
         for parameter in changed.parameters():
             parameter.mul_(1.05)
 
-    async def main() -> tuple[GenerateResult, GenerateResult]:
+    async def main() -> GenerateResult:
         during = [asyncio.create_task(engine.generate(ask(length=480, seed=i))) for i in range(16)]
         await until_at_server(engine, lambda number: number == 16)
         await publish_async(Sender(changed), engine, 8)
         results = [result for result in await asyncio.gather(*during) if len(result.spans) == 2]
         assert results, "no request was under way when the weights changed"
-        after = await engine.generate(ask(length=100))
         assert (await engine.health()).policy_version == 8
         await publish_async(Sender(reference), engine, 0)
-        return results[0], after
+        return results[0]
 
-    during, after = asyncio.run(main())
+    during = asyncio.run(main())
     assert [span.policy_version for span in during.spans] == [0, 8]
     old, new = during.spans
-    assert gap(after, PROMPT, changed, 1.0 if after.sampling.temperature == 1.0 else 0.9).numel() == 100
     for span, model, before in ((old, reference, PROMPT), (new, changed, (*PROMPT, *old.token_ids))):
         wanted = rows(model, (*before, *span.token_ids), 0.9)[len(before) - 1 : -1]
         # Top-k and top-p renormalize: a drawn token is never less likely than the model says.
