@@ -10,11 +10,15 @@ import torch
 
 from keel.engines.base import EngineError
 from keel.models.progress import no_progress_bars
+from keel.monitor.memory import machine_bytes
 from keel.preflights.gap import GapFigures, Noise, judged_gap, measure_noise
 from keel.preflights.probes import ProbePlan, draw_probes
 from keel.preflights.reference import Reference
 from keel.preflights.result import Check, Status
 from keel.preflights.stack import ProbeData, Stack
+
+PROBE_SHARE = 0.4
+"""Of the time budget, what drawing and scoring the probes may take."""
 
 
 class SkippedError(Exception):
@@ -47,12 +51,24 @@ class Context:
             raise EngineError(f"the probes could not be drawn: {self._probes_failure}")
         if self._data is None:
             try:
-                drawn = draw_probes(self.stack, self.plan, self.stack.sampling)
-                self._data = with_scores(self.stack, drawn)
+                self.plan = self._affordable()
+                self._data = self._drawn(self.plan)
             except EngineError as error:
                 self._probes_failure = error
                 raise
         return self._data
+
+    def _drawn(self, plan: ProbePlan) -> ProbeData:
+        return with_scores(self.stack, draw_probes(self.stack, plan, self.stack.sampling))
+
+    def _affordable(self) -> ProbePlan:
+        """The plan, with fewer sequences if some few, drawn and scored, say that all would take too long."""
+        pilot = replace(self.plan.scaled(0.0), seed=self.plan.seed + 1)
+        began = time.perf_counter()
+        drawn = self._drawn(pilot)
+        whole_s = (time.perf_counter() - began) * self.plan.num_sequences / max(1, len(drawn.sequences))
+        share = PROBE_SHARE * self.budget_s / max(whole_s, 1e-9)
+        return self.plan if share >= 1 else self.plan.scaled(share)
 
     @property
     def known_probes(self) -> ProbeData | None:
@@ -63,6 +79,12 @@ class Context:
         """The model in plain `transformers`, float32, weights rounded to the type that is served."""
         if self._reference is None:
             source = self.stack.source
+            needed = 4 * sum(parameter.numel() for parameter in self.stack.trainer.model.parameters())
+            if needed > machine_bytes() / 2:
+                raise SkippedError(
+                    f"there is no room for an independent reference in float32 ({needed / 2**30:.0f} GiB); check a "
+                    "smaller model of the same family, on the same kernels and server"
+                )
             with no_progress_bars():
                 self._reference = Reference.load(source.path, dtype=torch.float32, served_as=source.dtype)
         return self._reference

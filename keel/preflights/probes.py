@@ -45,6 +45,11 @@ class ProbePlan:
     max_sequence_tokens: int = 512
     seed: int = 0
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are begun; a conversation that begins anew on the way makes more."""
+        return self.num_conversations + self.num_random
+
     def scaled(self, share: float) -> ProbePlan:
         """With `share` of the sequences, at least two of each kind."""
         return ProbePlan(

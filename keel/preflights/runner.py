@@ -18,7 +18,7 @@ from keel.preflights.diagnosis_evidence import StackFacts
 from keel.preflights.gap import gap_sample
 from keel.preflights.probes import ProbePlan
 from keel.preflights.result import Attribution, Check, PreflightResult
-from keel.preflights.stack import Stack
+from keel.preflights.stack import ProbeData, Stack
 from keel.secrecy import scrubbed
 
 Ask = Callable[[Context], Iterable[Check]]
@@ -88,7 +88,11 @@ def run_checks(
     data = context.known_probes
     measured = any(each.id == "gap" and each.figure is not None for each in checks)
     return PreflightResult(
-        stack={**stack.description, "seconds": {name: round(s, 2) for name, s in context.seconds.items()}},
+        stack={
+            **stack.description,
+            **_measured_on(data),
+            "seconds": {name: round(s, 2) for name, s in context.seconds.items()},
+        },
         checks=(*checks, *closing),
         attribution=(*attribution, *told_by_checks(checks, attribution)),
         gap=dict(context.gap().figures) if measured else {},
@@ -97,6 +101,14 @@ def run_checks(
         duration_s=time.perf_counter() - context.began,
         versions=versions(),
     )
+
+
+def _measured_on(data: ProbeData | None) -> dict[str, Any]:
+    """What was used."""
+    if data is None:
+        return {}
+    told = {"sequences": len(data.sequences), "tokens": data.num_tokens, "drawn_tokens": data.num_drawn}
+    return {**told, "notes": list(data.notes)} if data.notes else told
 
 
 def _asked(question: Question, context: Context) -> Iterator[Check]:
@@ -148,6 +160,8 @@ def _explained(context: Context, facts: Mapping[str, Any]) -> tuple[tuple[Attrib
     question = Question("attribution", "what explains the gap", lambda _: ())
     try:
         found = diagnose(context.reference(), data, known, budget_s=max(10.0, context.left_s))
+    except SkippedError as why:
+        return (), [check(question.id, question.title, "skip", str(why))]
     except Exception as error:  # noqa: BLE001 (the border, as above)
         return (), [_failed(question, f"{type(error).__name__}: {error}", "the checks above stand without it")]
     return tuple(found), []
