@@ -28,8 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-COPIED = ("keel", "tests", "benchmarks", "docs", "scripts", "pyproject.toml", "constraints.txt", "Makefile", "README.md")
-COPIED += ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+COPIED = ("keel", "tests", "docs", "scripts", "pyproject.toml", "constraints.txt", "Makefile", "README.md")
+COPIED += ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "benchmarks")
 TESTS_FAILED = 1
 TIMEOUT_S = 600
 
