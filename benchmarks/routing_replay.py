@@ -114,7 +114,7 @@ def figures(path: str, dtype: str, share: float, modes: Iterable[str] = ("off", 
 def main() -> None:
     """Measure and write; about a minute."""
     torch.set_num_threads(1)
-    kept = ("mismatch/abs_mean", "mismatch/abs_max", "mismatch/k3", "mismatch/outlier_share")
+    kept: tuple[str, ...] = ("mismatch/abs_mean", "mismatch/abs_max", "mismatch/k3", "mismatch/outlier_share")
     kept += ("mismatch/route_diff", "mismatch/route_disagreement", "routes/replayed_share", "routes/missing_share")
     kept += ("policy/ratio_max_dev", "policy/recompute_max_dev")
     rows = []

@@ -210,7 +210,7 @@ class LearnerGroup:
 
 def _merged(whole: MicroBatch, part: MicroBatch) -> MicroBatch:
     """`whole` with the scored streams that `part` has, and the supports if its rank was the one to complete them."""
-    names = SCORED_STREAMS
+    names: tuple[str, ...] = SCORED_STREAMS
     if lacks_support(whole) and not lacks_support(part):
         names += SUPPORT_STREAMS
     streams: dict[str, Any] = {
