@@ -153,7 +153,8 @@ def assert_equal(run_dir: Path, expected: Path) -> None:
 
 def assert_close(run_dir: Path, expected: Path, tolerance: float = 1e-6) -> None:
     """Weights and metrics within `tolerance`; the same words, because no draw lies that near a border."""
-    for row, wanted in zip(rows_of(run_dir), rows_of(expected), strict=True):
+    rows = ([row for row in rows_of(path) if row["kind"] != "worst_tokens"] for path in (run_dir, expected))
+    for row, wanted in zip(*rows, strict=True):
         assert row.keys() == wanted.keys()
         for name, value in wanted.items():
             # How far engine and learner are apart is itself rounding, and its maximum no smoother than that.

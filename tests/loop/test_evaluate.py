@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_config: Any) -> Path:
 
 def test_own_tasks_are_learned_and_every_part_is_logged(run: Path) -> None:
     rows = keel.load_run(run).rows
-    steps = [row for row in rows if row.get("stage") == "reinforcement"]
+    steps = [row for row in rows if row["kind"] == "step" and row["stage"] == "reinforcement"]
     assert {"reward/exact_match", "reward/first_letter", "success"} <= set(steps[0])
     for row in steps:
         whole = row["reward/exact_match"] + 0.5 * row["reward/first_letter"]

@@ -85,8 +85,9 @@ def one_step(tmp_path, make_config):
                 steps=1,
             )
         )
-        (row,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        return json.loads(row), load_file(tmp_path / "run" / "steps" / "000000.safetensors")
+        rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        (row,) = [row for row in rows if row["kind"] == "step"]
+        return row, load_file(tmp_path / "run" / "steps" / "000000.safetensors")
 
     return go
 

@@ -141,7 +141,7 @@ def test_a_completed_run_can_be_given_more_steps(run):
     run.finish()
     run.set("steps = 6 ", "steps = 8 ")
     run.finish()
-    steps = [row["step"] for row in run.rows() if row.get("stage") == "reinforcement"]
+    steps = [row["step"] for row in run.rows() if row["kind"] == "step" and row["stage"] == "reinforcement"]
     assert steps == list(range(8))
     assert run.json("summary.json")["eval"]["final"]["step"] == 16 + 8
 
