@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from keel import config_load
+from keel.engines.base import EngineError, GenerateResult
 from keel.engines.vllm.client import VllmClient
 from keel.engines.vllm.server import VllmServer
 from keel.loop import train
 from keel.rollouts.store import read_step_record
-from tests.vllm_servers import OneEngine
+from tests.vllm_servers import OneEngine, ask, until_at_server
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm.toml"
 
@@ -107,3 +112,67 @@ def test_a_run_whose_server_is_killed_five_times_is_whole(
         drawn = streams["loss_mask"].astype(bool)
         assert set(streams["policy_version"][drawn].tolist()) == {step}
         assert abs(streams["rollout_logprobs"] - streams["old_logprobs"])[drawn].mean() <= 5e-6
+
+
+def test_a_server_that_loses_its_inner_process_is_started_again(one_engine: OneEngine) -> None:
+    """The process that answers lives on for a moment and says that it is well; the one that computes is gone."""
+    engine = one_engine()
+    server = engine.host.server
+    assert server is not None
+    (inner,) = [each for each in psutil.Process(server.pid).children() if "EngineCore" in each.name()]
+
+    async def main() -> GenerateResult:
+        await engine.pause()
+        task = asyncio.create_task(engine.generate(ask(length=40)))
+        await until_at_server(engine, lambda number: number == 1)
+        inner.kill()
+        await asyncio.to_thread(server.wait_dead, 60)
+        await asyncio.sleep(0)
+        await engine.resume()
+        return await task
+
+    result = asyncio.run(main())
+    assert len(result.token_ids) == 40
+    assert engine.host.restarts == 1
+    assert engine.host.server is not server
+
+
+def test_a_server_that_dies_too_often_is_an_engine_error_with_its_log(one_engine: OneEngine) -> None:
+    engine = one_engine(max_restarts=0)
+    server = engine.host.server
+    assert server is not None
+    os.kill(server.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"engine\.vllm\.max_restarts is 0.*vllm") as raised:
+        asyncio.run(engine.generate(ask()))
+    assert str(server.log_path) in str(raised.value)
+    assert not asyncio.run(engine.health()).ok
+
+
+ORPHAN = """
+import os, sys
+from pathlib import Path
+from keel.config_vllm import VllmConfig
+from keel.engines.vllm.server import VllmServer
+config = VllmConfig(python=sys.argv[1], kv_cache_gib=0.25)
+server = VllmServer.start(sys.argv[2], config, dtype="float32", max_sequence_tokens=64, log_path=Path(sys.argv[3]))
+import psutil
+family = [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
+print(*family, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_server_whose_owner_is_killed_leaves_no_process(
+    vllm_python: str, vllm_model: Callable[..., str], one_engine: OneEngine, tmp_path: Path
+) -> None:
+    one_engine.close()
+    command = [sys.executable, "-c", ORPHAN, vllm_python, vllm_model(), str(tmp_path / "vllm.log")]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])}
+    owner = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    assert owner.returncode == -signal.SIGKILL
+    family = [int(number) for number in owner.stdout.split()]
+    assert len(family) >= 3
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(process).wait(timeout=60)
+        assert not psutil.pid_exists(process)

@@ -176,6 +176,13 @@ class Host:
             raise EngineError(f"{error}; Keel did not start this server, so whoever did must start it again")
         if await self._lives():
             return False
+        if self._snapshot is not None and self._snapshot.source.kind != "file":
+            error = EngineError(
+                f"{error}; its last weights came by a broadcast, which nobody repeats: resume the run from its "
+                'checkpoint, and set sync.transport = "file" to survive such a death'
+            )
+            await self._give_up(error)
+            raise error
         while True:
             if self.restarts >= self._max_restarts:
                 await self._give_up(error)
