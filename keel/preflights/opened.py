@@ -18,9 +18,11 @@ from keel.config import ChatConfig, EngineConfig, ModelConfig, RolloutConfig, Tr
 from keel.device import describe_device, resolve_device
 from keel.engines.base import Engine
 from keel.engines.embedded.engine import EmbeddedEngine
+from keel.engines.embedded.load import load_policy
 from keel.envs.base import Env
 from keel.learner.distorted import distort_learner
 from keel.models.policy import PolicyModel
+from keel.ops.numerics import deterministic_algorithms
 from keel.preflights.engine_side import AskedEngine
 from keel.preflights.stack import ModelSource, Stack
 from keel.preflights.trainer_keel import KeelTrainer
@@ -41,7 +43,8 @@ def opened_run(config: TrainConfig) -> Iterator[Stack]:
         root = closing.enter_context(tempfile.TemporaryDirectory(prefix="keel-preflight-"))
         model = starting_model(config, factory, Path(root))
         device = resolve_device(config.device)
-        policy = load_learner_policy(model, device)
+        closing.enter_context(deterministic_algorithms(config.numerics == "exact"))
+        policy = load_learner_policy(model, device, config.numerics)
         engine = _engine_of(config, model, policy)
         if config.learner.distortions:
             closing.enter_context(distort_learner(policy, config.learner.distortions))
@@ -120,20 +123,12 @@ def attach(model: str, url: str, *, dtype: str, allow_weight_push: bool, revisio
     return AskedEngine(engine, attached=True, may_push=allow_weight_push)
 
 
-def load_learner_policy(model: ModelConfig, device: torch.device | str) -> PolicyModel:
+def load_learner_policy(model: ModelConfig, device: torch.device | str, numerics: str) -> PolicyModel:
     """The policy as the learner loads it, without an optimizer."""
-    return PolicyModel.load(
-        model.path,
-        dtype=model.dtype,
-        attention=model.attention,
-        experts=model.experts,
-        gradient_checkpointing=model.gradient_checkpointing,
-        head_chunk_tokens=model.head_chunk_tokens,
-        trust_remote_code=model.trust_remote_code,
-        lora=model.lora,
-        revision=model.revision,
-        device=device,
-    )
+    policy = load_policy(model, device, numerics)
+    if model.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy
 
 
 def _no_environment() -> Env:

@@ -15,6 +15,8 @@ from keel.preflights.result import Check, Status
 from keel.types import SamplingSettings
 
 PLAIN = SamplingSettings()
+LEAST_LENGTH = 80
+"""Tokens that these questions' longest sequence has."""
 
 
 def check_health(context: Context) -> Iterator[Check]:
@@ -164,6 +166,8 @@ def _request(
     session: str = "",
     sampling: SamplingSettings = PLAIN,
 ) -> GenerateRequest:
+    if context.plan.max_sequence_tokens < LEAST_LENGTH:
+        raise SkippedError(f"sequences of {context.plan.max_sequence_tokens} tokens are too short for it")
     rng = random.Random(f"{name} {context.plan.seed}")
     tokens = random_tokens(context.stack, rng, length)
     return GenerateRequest(name, session, tokens, sampling, new_tokens, stops, seed=rng.randrange(1 << 30))
