@@ -326,9 +326,7 @@ class PolicyModel(nn.Module):
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
 
-    def _recorder(
-        self, wanted: bool, *, with_margins: bool = False, with_logits: bool = False
-    ) -> RouteRecorder | None:
+    def _recorder(self, wanted: bool, *, with_margins: bool = False, with_logits: bool = False) -> RouteRecorder | None:
         """A recorder, if one is wanted and there is anything to record. Raises ValueError for unknown routers."""
         if not wanted or self.info.num_moe_layers == 0:
             return None
