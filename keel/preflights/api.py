@@ -27,7 +27,7 @@ def preflight(  # noqa: PLR0913 (keyword-only, one for each part of somebody's s
     allow_weight_push: bool = False,
     device: str = "auto",
     seed: int = 0,
-    budget_s: float = 120.0,
+    budget_s: float = 150.0,
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreflightResult:
     """Check a run's stack, or anyone's, in about `budget_s` seconds; nothing is written but temporary files.

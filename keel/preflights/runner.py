@@ -23,6 +23,8 @@ from keel.secrecy import scrubbed
 
 Ask = Callable[[Context], Iterable[Check]]
 Tell = Callable[[str], None]
+ATTRIBUTION_SHARE = 0.5
+"""Of the time budget, what naming the cause may take at least: a gap without a cause helps nobody."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "vllm")
 
 
@@ -64,7 +66,7 @@ def run_checks(
     stack: Stack,
     *,
     seed: int = 0,
-    budget_s: float = 120.0,
+    budget_s: float = 150.0,
     share: float = 1.0,
     max_sequence_tokens: int = 0,
     tell: Tell = lambda _: None,
@@ -159,7 +161,9 @@ def _explained(context: Context, facts: Mapping[str, Any]) -> tuple[tuple[Attrib
     )
     question = Question("attribution", "what explains the gap", lambda _: ())
     try:
-        found = diagnose(context.reference(), data, known, budget_s=max(10.0, context.left_s))
+        found = diagnose(
+            context.reference(), data, known, budget_s=max(ATTRIBUTION_SHARE * context.budget_s, context.left_s)
+        )
     except SkippedError as why:
         return (), [check(question.id, question.title, "skip", str(why))]
     except Exception as error:  # noqa: BLE001 (the border, as above)
