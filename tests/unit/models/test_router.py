@@ -113,3 +113,15 @@ def test_replay_of_other_tokens_routes_is_refused():
         router(hidden)
     with pytest.raises(ValueError, match="needs integer"), replay_routes(torch.zeros(TOKENS, 1, 2)):
         pass
+
+
+def test_a_choice_that_is_known_in_part_is_made_anew_as_a_whole():
+    """Filled up with experts of its own it could name one twice."""
+    _, router, hidden = make_pair("gpt_oss")
+    own = router(hidden)[2]
+    forced = own.flip(-1).clone()
+    forced[::2, 0] = -1
+    with replay_routes(forced[:, None].to(torch.int32)):
+        chosen = router(hidden)[2]
+    assert torch.equal(chosen[::2], own[::2])
+    assert torch.equal(chosen[1::2], forced[1::2])
