@@ -34,6 +34,7 @@ env = {{ id = "hostile_world:Hostile" }}
 model = {{ path = {model} }}
 chat = {{ system_message = "none" }}
 engine = {{ id = "hostile_world:Parrot" }}
+sync = {{ check_every = 0 }}
 eval = {{ num_tasks = 4 }}
 batch = {{ max_tokens = 4096 }}
 learner = {{ recompute_every = 0 }}
