@@ -23,7 +23,7 @@ def check_gap(context: Context) -> Iterator[Check]:
     share = gap.judged / noise.mean
     left_out = f"; {gap.num_left_out} tokens after a router's near-tie left out" if gap.num_left_out else ""
     reason = (
-        f"the mean gap of {data.num_drawn} drawn tokens is {share:.1f} x the noise of {context.stack.source.dtype} "
+        f"the mean gap of {data.num_drawn} drawn tokens is {share:.2g} x the noise of {context.stack.source.dtype} "
         f"({noise.mean:.2g} nats, measured against {noise.against}){left_out}"
     )
     yield check(
