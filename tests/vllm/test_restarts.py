@@ -82,8 +82,8 @@ def test_a_run_whose_server_is_killed_five_times_is_whole(
 
     monkeypatch.setattr(VllmServer, "start", classmethod(started))
     killer.server = lambda: live[-1]
-    # Calls before the run's own: four of generate and one of set_weight_version, when the server is looked at. A revived
-    # server gets weights too, so each death counts one more.
+    # Calls before the run's own: four of generate and one of set_weight_version, when the server is looked at. A server
+    # that is started again gets weights too, so each death counts one more.
     killer.aim("generate", "during", 12)
     killer.aim("collective_rpc", "during", 3)
     killer.aim("generate", "after", 45)
