@@ -122,7 +122,7 @@ async def _find_dialect(client: VllmClient, model: str) -> Dialect:
     try:
         await client.generate(body)
     except ServerAnswerError as error:
-        if error.status in (404, 405):
+        if error.status in (403, 404, 405):
             return "completions"
         raise
     return "generate"
