@@ -75,14 +75,20 @@ class Hypothesis:
 
 
 def hypotheses(reference: Reference, evidence: Evidence, facts: StackFacts, side: Side) -> list[Hypothesis]:
-    """All that can be told apart on this model, of this side; the plainest first."""
+    """All that can be told apart on this model, of this side; the plainest and cheapest first."""
     found = [*_readouts(evidence, side), *_model(reference, facts), *_stale(reference), *_routes(evidence, side)]
     for reading in _readings(facts):
         if reading[1].kind == "without_ends" and side == "engine":
             continue
         if readable(reading[1], evidence, facts):
             found.append(Hypothesis(reading[0], reading=reading[1]))
-    return found
+    return sorted(found, key=_cost)
+
+
+def _cost(hypothesis: Hypothesis) -> tuple[bool, bool, bool]:
+    """What takes no pass first, then what takes one, then what has to be fitted; all layers before single ones."""
+    is_free = hypothesis.readout is not None
+    return not is_free, hypothesis.is_fitted and not is_free, hypothesis.layer is not None
 
 
 def _readouts(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:

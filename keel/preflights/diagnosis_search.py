@@ -202,13 +202,14 @@ def _refined(loss: Callable[[float], float], grid: tuple[float, ...]) -> tuple[f
     low = math.log(values[best - 1] if best else values[0] / 2)
     high = math.log(values[best + 1] if best + 1 < len(values) else values[-1] * 2)
     known = {values[best]: losses[best]}
-    for _ in range(4):
-        inner = [math.exp(high - GOLDEN * (high - low)), math.exp(low + GOLDEN * (high - low))]
-        for value in inner:
-            known.setdefault(value, loss(value))
-        if known[inner[0]] < known[inner[1]]:
-            high = math.log(inner[1])
+    inner = [high - GOLDEN * (high - low), low + GOLDEN * (high - low)]
+    left = [loss(math.exp(place)) for place in inner]
+    for _ in range(5):
+        known |= {math.exp(place): value for place, value in zip(inner, left, strict=True)}
+        if left[0] < left[1]:
+            high, inner, left = inner[1], [inner[1] - GOLDEN * (inner[1] - low), inner[0]], [math.nan, left[0]]
         else:
-            low = math.log(inner[0])
+            low, inner, left = inner[0], [inner[1], inner[0] + GOLDEN * (high - inner[0])], [left[1], math.nan]
+        left = [loss(math.exp(place)) if math.isnan(value) else value for place, value in zip(inner, left, strict=True)]
     value = min(known, key=lambda each: known[each])
     return value, known[value]
