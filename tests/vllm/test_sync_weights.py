@@ -154,10 +154,10 @@ def test_what_does_not_fit_changes_nothing(stack: Stack, tmp_path: Path) -> None
 def test_tokens_drawn_after_a_switch_are_the_new_weights_with_their_own_keys(stack: Stack) -> None:
     old, new = stack.learner(5), stack.learner(6)
     stack.push(old, 80)
-    prompt, length = SEQUENCES[0][:40], 300
+    prompt, length = SEQUENCES[0][:20], 480
 
     async def switched() -> list[GenerateResult]:
-        requests = [ask(prompt, length=length, seed=seed, sampling=SamplingSettings(1.0)) for seed in range(8)]
+        requests = [ask(prompt, length=length, seed=seed, sampling=SamplingSettings(1.0)) for seed in range(16)]
         tasks = [asyncio.create_task(stack.engine.generate(request)) for request in requests]
         await until_at_server(stack.engine, lambda number: number == len(tasks))
         await publish_async(new, stack.engine, 81, transport="file")
