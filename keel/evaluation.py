@@ -13,7 +13,7 @@ import keel
 from keel import config_load
 from keel.config_recipes import recipe_text
 from keel.config_schema import toml_value
-from keel.envs.rows import canonical
+from keel.envs.rows import BadRowError, canonical
 from keel.evaluation_result import EvaluationResult, summarize
 from keel.given import ConfigSource, configured, read_config
 from keel.monitor.rows import write_json
@@ -153,8 +153,11 @@ def play(collector: Collector, config: EvalConfig) -> list[Trajectory]:
 
 
 def _content(task: Task) -> bytes:
-    """What tells tasks apart: their data, or, of a task without any, its id."""
-    return canonical(task.data) if task.data else task.id.encode()
+    """What tells tasks apart: their data, or, of a task without any that is JSON, its id."""
+    try:
+        return canonical(task.data) if task.data else repr(task.id).encode()
+    except BadRowError:
+        return repr(task.id).encode()
 
 
 def summarize_as(
