@@ -124,27 +124,6 @@ def test_a_planted_fault_fails_and_is_named_with_its_side(side, cause, strength,
     assert named.group == group
 
 
-def test_sinks_that_nobody_uses_are_seen_without_an_engine(model_directory):
-    """Plain transformers with sdpa leaves GPT-OSS's sinks out where it is let to."""
-    with opened_run(config_of(model_directory("gpt_oss"))) as stack:
-        for layer in stack.trainer.model.base_model.layers:
-            layer.self_attn.sinks.requires_grad_(False)
-        attention = stack.trainer.model.base_model.layers[1].self_attn
-        original = attention.forward
-
-        def without_sinks(*args: Any, **kwargs: Any) -> Any:
-            kept = attention.sinks.data.clone()
-            attention.sinks.data.fill_(-1e4)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                attention.sinks.data.copy_(kept)
-
-        attention.forward = without_sinks
-        result = run_checks(stack, share=0.1, max_sequence_tokens=LIMIT)
-    assert "layer 1" in raised(result)["sinks"]
-
-
 class Ending:
     """An engine that gives way: after `good` answers `how` happens."""
 
