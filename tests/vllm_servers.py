@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,9 @@ class OneEngine:
         if self._engine is None or key != self._key or self._engine.host.closed:
             self.close()
             self.num_started += 1
-            vllm = VllmConfig(python=self._python, kv_cache_gib=0.25, **settings)
+            vllm = VllmConfig(
+                python=self._python, kv_cache_gib=0.25, args=("--enable-server-load-tracking",), **settings
+            )
             self._engine = VllmEngine(
                 ModelConfig(path=self._model(preset), dtype=dtype),
                 EngineConfig(id="vllm", vllm=vllm),
@@ -68,10 +69,9 @@ def ask(
 
 
 async def requests_at(engine: VllmEngine) -> int:
-    """How many requests the server itself has, running or waiting."""
-    text = (await engine.host.client._send("GET", "/metrics")).text
-    found = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE)
-    return round(sum(float(number) for number in found))
+    """How many requests the server itself has taken and not answered; its metrics stand still while it is paused."""
+    answer = await engine.host.client.get("/load")
+    return int(answer["server_load"])
 
 
 async def until_at_server(engine: VllmEngine, wanted: Callable[[int], bool]) -> None:
