@@ -154,7 +154,7 @@ def test_an_error_of_a_living_server_is_told_and_not_asked_again(model: ModelCon
 
     with serving(Vllm(**{"/v1/completions": failing})) as url:
         engine = attach(url, model)
-        with pytest.raises(EngineError, match="answered 500: out of luck$"):  # it is not taken for dead
+        with pytest.raises(EngineError, match=r"answered 500: out of luck$"):  # it is not taken for dead
             asyncio.run(engine.generate(ask()))
     assert len(asked) == 1
 
