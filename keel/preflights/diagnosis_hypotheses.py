@@ -114,6 +114,10 @@ def _readouts(evidence: Evidence, side: Side) -> Iterator[Hypothesis]:
 def _model(reference: Reference, facts: StackFacts) -> Iterator[Hypothesis]:
     layers: list[int | None] = [None, *range(reference.info.num_layers)]
     windowed = [None, *(layer for layer, window in enumerate(reference.info.layer_windows) if window is not None)]
+    if facts.dtype != "bfloat16":
+        yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"))
+        yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"), grid=(0.5, 1.0, 2.0, 4.0))
+        yield Hypothesis("bfloat16_noise", Change("bfloat16"))
     if reference.has_sinks:
         for layer in layers:
             yield Hypothesis("sinks_dropped", Change("sinks", layer=layer))
@@ -127,10 +131,6 @@ def _model(reference: Reference, facts: StackFacts) -> Iterator[Hypothesis]:
                 yield Hypothesis("window_off_by_one", Change("window", tokens, layer=layer))
     yield from _rope(reference)
     yield from _experts(reference, layers)
-    if facts.dtype != "bfloat16":
-        yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"))
-        yield Hypothesis("bfloat16_noise", Change("weights_bfloat16"), grid=(0.5, 1.0, 2.0, 4.0))
-        yield Hypothesis("bfloat16_noise", Change("bfloat16"))
 
 
 def _rope(reference: Reference) -> Iterator[Hypothesis]:

@@ -22,6 +22,8 @@ from keel.preflights.reference_changes import (
 
 MASK_ELEMENTS = 32_000_000
 """Attention scores (batch x heads x n x n) that one pass may hold: 128 MB in float32."""
+SHORTEST_SHARE = 0.7
+"""The shortest sequence of a pass has at least this share of the tokens of the longest."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,13 @@ class Reference:
                 if change.kind in ("bfloat16", "float64"):
                     stack.enter_context(_computing_in(self.model, getattr(torch, change.kind)))
             layer_windows = windows(self.info.layer_windows, changes)
-            parts = [self._pass(group, layer_windows) for group in self._groups(feeds)]
-        return torch.cat(parts).float() if parts else torch.zeros(0, self.info.vocab_size)
+            order = sorted(range(len(feeds)), key=lambda place: len(feeds[place].token_ids))
+            parts = [self._pass(group, layer_windows) for group in self._groups([feeds[place] for place in order])]
+        if not parts:
+            return torch.zeros(0, self.info.vocab_size)
+        sizes = [len(feeds[place].wanted) for place in order]
+        of_feed = dict(zip(order, torch.cat(parts).float().split(sizes), strict=True))
+        return torch.cat([of_feed[place] for place in range(len(feeds))])
 
     @torch.no_grad()
     def router_logits(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
@@ -97,12 +104,13 @@ class Reference:
         return found
 
     def _groups(self, feeds: Sequence[Feed]) -> Iterator[list[Feed]]:
-        """Feeds that fit one pass together, in their order."""
+        """Feeds that fit one pass together and waste little on padding, in their order (by length)."""
         group: list[Feed] = []
         longest = 0
         for feed in feeds:
             longest = max(longest, len(feed.token_ids))
-            if group and (len(group) + 1) * self.info.num_heads * longest**2 > MASK_ELEMENTS:
+            too_many = (len(group) + 1) * self.info.num_heads * longest**2 > MASK_ELEMENTS
+            if group and (too_many or len(group[0].token_ids) < SHORTEST_SHARE * longest):
                 yield group
                 group, longest = [], len(feed.token_ids)
             group.append(feed)
