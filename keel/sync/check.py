@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from keel.engines.base import ScoreResult, WeightSource
+from keel.engines.base import EngineError, ScoreResult, WeightSource
 from keel.sync.base import SyncError
 from keel.sync.groups import tensor_groups
 
@@ -121,7 +121,10 @@ class WeightCheck:
         return max(self._least, BASELINE_FACTOR * self._baseline)
 
     async def measure_baseline(self, learner: CheckedLearner, engine: CheckedEngine) -> None:
-        """Call before the first push, where both sides have the same weights: what differs now is no push's fault."""
+        """Call before the first push, where both sides have the same weights: what differs now is no push's fault.
+
+        Raises SyncError if the engine cannot score given tokens; so does `run`.
+        """
         gap = await self._gap(learner, engine)
         if gap.finite:
             self._baseline = gap.median
@@ -193,7 +196,15 @@ class WeightCheck:
         )
 
     async def _scores(self, engine: CheckedEngine) -> Scores:
-        return tuple([(await engine.score(sequence)).logprobs for sequence in self._sequences])
+        try:
+            return tuple([(await engine.score(sequence)).logprobs for sequence in self._sequences])
+        except (NotImplementedError, EngineError) as error:
+            raise SyncError(
+                f"weight check: engine {engine.capabilities().name!r} gives no log-probs of "
+                f"given tokens ({type(error).__name__}: {str(error) or 'no more is said'}), so nobody knows whether weights "
+                "arrive. Give the engine a `score` (`Engine.score` in keel.engines.base), or go without the check: "
+                "sync.check_every = 0"
+            ) from error
 
     async def _stale(self, learner: CheckedLearner, engine: CheckedEngine, push: Push) -> list[str]:
         """The stale groups, with the right weights pushed again in the end."""

@@ -11,35 +11,25 @@ import pytest
 import torch
 
 from keel.config import EngineConfig, LearnerConfig, ModelConfig
-from keel.engines.base import WeightSource
-from keel.engines.embedded.engine import EmbeddedEngine
+from keel.engines.base import EngineError, ScoreResult
 from keel.learner.learner import Learner
 from keel.models.policy import PolicyModel
+from keel.sync.base import SyncError
 from keel.sync.check import Gap, StaleWeightsError, WeightCheck, check_sequences
-from keel.sync.groups import tensor_groups
 from keel.sync.publish import publish_async
+from tests.deaf_engine import DeafEngine
 
 CAPACITY = 96
 SEQUENCES = check_sequences(num_tokens=180, vocab_size=256, window=32, capacity=CAPACITY)
 
 
-class DeafEngine(EmbeddedEngine):
-    """Takes all weights but those of some groups, and says that all went well."""
+class SilentEngine(DeafEngine):
+    """A plug-in that cannot score given tokens."""
 
-    deaf: tuple[str, ...] = ()
-    garbled: tuple[str, ...] = ()
+    error: Exception
 
-    async def load_weights(self, source: WeightSource, version: int) -> None:
-        own = self.policy.trained_parameters()
-        groups = tensor_groups(own)
-        kept = {name: own[name].detach().clone() for group in self.deaf for name in groups[group]}
-        await super().load_weights(source, version)
-        with torch.no_grad():
-            for name, values in kept.items():
-                own[name].copy_(values)
-            for group in self.garbled:
-                for name in groups[group]:
-                    own[name].copy_(own[name].flatten().flip(0).view_as(own[name]))
+    async def score(self, token_ids: tuple[int, ...]) -> ScoreResult:
+        raise self.error
 
 
 def pair(path: str, dtype: str, **faults: Any) -> tuple[Learner, DeafEngine]:
@@ -127,6 +117,23 @@ def test_nothing_is_tried_out_where_it_is_not_allowed(paths: dict[str, str]) -> 
     with pytest.raises(StaleWeightsError, match="allow_weight_push") as caught:
         check(learner, engine, "float32", may=False)
     assert caught.value.groups == ()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), EngineError("only draws")], ids=lambda e: type(e).__name__)
+def test_an_engine_that_cannot_score_is_told_how_to_go_on(paths: dict[str, str], error: Exception) -> None:
+    learner = Learner(ModelConfig(path=paths["gpt_oss"]), LearnerConfig())
+    policy = PolicyModel.load(paths["gpt_oss"])
+    engine = SilentEngine(policy, EngineConfig(slots=2), max_sequence_tokens=CAPACITY, shares_weights=False)
+    engine.error = error
+    with pytest.raises(SyncError) as caught:
+        check(learner, engine, "float32")
+    text = str(caught.value)
+    assert "weight check: engine 'embedded' gives no log-probs" in text
+    assert f"{type(error).__name__}: {error or 'no more is said'}" in text
+    assert "`score`" in text
+    assert "sync.check_every = 0" in text
+    assert caught.value.__cause__ is error
+    assert not isinstance(caught.value, StaleWeightsError)
 
 
 def test_weights_that_are_no_numbers_are_told(paths: dict[str, str]) -> None:
