@@ -200,8 +200,8 @@ class WeightCheck:
             return tuple([(await engine.score(sequence)).logprobs for sequence in self._sequences])
         except (NotImplementedError, EngineError) as error:
             raise SyncError(
-                f"weight check: engine {engine.capabilities().name!r} gives no log-probs of "
-                f"given tokens ({type(error).__name__}: {str(error) or 'no more is said'}), so nobody knows whether weights "
+                f"weight check: engine {engine.capabilities().name!r} gives no log-probs of given "
+                f"tokens ({type(error).__name__}: {str(error) or 'no more is said'}), so nobody knows whether weights "
                 "arrive. Give the engine a `score` (`Engine.score` in keel.engines.base), or go without the check: "
                 "sync.check_every = 0"
             ) from error
