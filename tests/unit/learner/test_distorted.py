@@ -104,7 +104,11 @@ MODEL_SIDE = [
 ]
 
 
-@pytest.mark.parametrize(("preset", "distortion", "by_hand"), MODEL_SIDE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("preset", "distortion", "by_hand"),
+    MODEL_SIDE,
+    ids=lambda value: "by hand" if isinstance(value, dict) else str(value)[:40],
+)
 def test_a_fault_of_the_model_is_the_one_transformers_has_when_changed_by_hand(
     directories, policies, preset, distortion, by_hand
 ):
