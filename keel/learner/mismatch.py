@@ -27,6 +27,10 @@ def add_mismatch(
     `mismatch/route_diff` is about the choices that the learner's routers would make, which costs nothing to know while
     the engine's are replayed; of hidden states, then, that the replayed experts of earlier layers made, so that a
     difference counts once where it arises. `mismatch/route_disagreement` is about the experts that ran.
+
+    `mismatch/outliers_near_tie` needs no routes of the engine's: the learner's own routers were near a tie at or before
+    the token. That is weaker than `mismatch/outliers_routed`, which saw the engine choose otherwise there, so
+    `mismatch/near_tie_share` says how many of all tokens lie behind one.
     """
     rollout = micro_batch.rollout_logprobs
     if rollout is None:
@@ -42,7 +46,12 @@ def add_mismatch(
     outliers = mask & ~(gap <= OUTLIER_GAP)  # a NaN is an outlier
     stats.add_total("mismatch/outliers", outliers.sum())
     routes, own, margins = outputs.routes, outputs.own_routes, outputs.route_margins
-    if routes is None or own is None or margins is None or micro_batch.routed_experts is None:
+    if routes is None or own is None or margins is None:
+        return
+    behind = explained_by_routes(margins < NEAR_TIE, micro_batch)
+    stats.add_total("mismatch/behind_near_tie", (mask & behind).sum())
+    stats.add_total("mismatch/outliers_near_tie", (outliers & behind).sum())
+    if micro_batch.routed_experts is None:
         return
     _, would_differ = compare_routes(micro_batch.routed_experts, own)
     known, different = compare_routes(micro_batch.routed_experts, routes)
@@ -134,6 +143,9 @@ def mismatch_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[s
         "mismatch/outliers": sums["mismatch/outliers"],
         "mismatch/outlier_share": sums["mismatch/outliers"] / tokens,
     }
+    if "mismatch/behind_near_tie" in sums:
+        metrics["mismatch/near_tie_share"] = sums["mismatch/behind_near_tie"] / tokens
+        metrics["mismatch/outliers_near_tie"] = sums["mismatch/outliers_near_tie"]
     if "mismatch/route_diff" in sums:
         metrics["mismatch/route_diff"] = sums["mismatch/route_diff"] / max(sums["mismatch/routed_tokens"], 1.0)
         metrics["mismatch/route_disagreement"] = sums["mismatch/route_disagreement"] / max(

@@ -94,6 +94,17 @@ def test_outliers_explained_by_a_near_tie():
     assert metrics_of(m, logprobs, other, margins)["mismatch/outliers_routed"] == 0.0
 
 
+def test_without_the_engines_routes_near_ties_are_the_learners_own():
+    """Of tokens 0 to 2 and 3 (another sequence), a near-tie at 1 lies before 1 and 2; outliers are 2 and 3."""
+    routes = torch.zeros(4, 1, 2, dtype=torch.int32)
+    margins = torch.tensor([[1.0], [1e-5], [1.0], [1.0]])
+    found = metrics_of(micro_batch([3, 1], [-1.0] * 4), [-1.0, -1.0, -1.1, -1.1], routes, margins)
+    assert found["mismatch/outliers"] == 2.0
+    assert found["mismatch/outliers_near_tie"] == 1.0
+    assert found["mismatch/near_tie_share"] == 0.5
+    assert "mismatch/outliers_routed" not in found
+
+
 def test_ratio_deviation_is_exact_and_loses_no_nan():
     a = torch.tensor([-1.0, -math.inf, math.nan, -1.0, -math.inf])
     b = torch.tensor([-1.0, -math.inf, -1.0, -1.0 - 2.0**-20, -1.0])
