@@ -158,7 +158,10 @@ class Parts:
         run.restore(extra["run"])
         self.monitor.restore(extra["monitor"])
         for name, source in self.sources.items():
-            source.restore(extra["sources"][name])
+            if name in extra["sources"]:
+                source.restore(extra["sources"][name])
+            else:  # the run had no such stage when the checkpoint was written
+                run.note(f"the checkpoint {path.name} knows no {name} stage: its groups begin with the first task")
 
 
 def check_start(config: TrainConfig) -> None:

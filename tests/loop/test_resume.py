@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from keel import config_load
 from keel.config import TrainConfig
 from keel.learner.checkpoint import CheckpointError, checkpoint_to_resume, prune, writing
-from keel.loop import resume
+from keel.loop import resume, train
 from keel.monitor import directory
 from keel.monitor.rows import RunDirectoryError
 from keel.monitor.rules import Monitor
@@ -144,6 +145,26 @@ def test_a_completed_run_can_be_given_more_steps(run):
     steps = [row["step"] for row in run.rows() if row["kind"] == "step" and row["stage"] == "reinforcement"]
     assert steps == list(range(8))
     assert run.json("summary.json")["eval"]["final"]["step"] == 16 + 8
+
+
+def test_a_run_of_warm_start_alone_can_be_given_reinforcement(tmp_path, make_config):
+    """Its checkpoint knows nothing of where reinforcement's tasks are: that stage begins fresh, and it says so."""
+    config = make_config(
+        tmp_path / "run",
+        steps=0,
+        warm_start={"steps": 2, "demonstrations_per_step": 4},
+        eval={"num_tasks": 0},
+        checkpoint={"every": 1},
+    )
+    assert train(config).state == "completed"
+    file = tmp_path / "run" / "config.toml"
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\nsteps = 0 ") == 1
+    file.write_text(text.replace("\nsteps = 0 ", "\nsteps = 2 "), encoding="utf-8")
+    assert resume(tmp_path / "run").state == "completed"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [(row["stage"], row["step"]) for row in rows if row["kind"] == "step"]
+    assert steps == [("warm_start", 0), ("warm_start", 1), ("reinforcement", 0), ("reinforcement", 1)]
 
 
 IN_A_TOOL_CALL = {"at": "keel.envs.tools:Tool.call", "call": 2, "armed_by": ["keel.loop:train_step", 19]}
