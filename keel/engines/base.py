@@ -104,7 +104,7 @@ class EngineCapabilities:
 
     `identity` is that of the model it runs, None if it does not tell: another than the learner's is refused.
     `cache_bytes` is what its keys and values take while it samples, 0 if it does not tell. `weight_receivers` is how
-    many processes take part in a broadcast of weights.
+    many processes take part in a broadcast of weights; `weight_problem` is why it takes none, if so.
     """
 
     name: str
@@ -119,6 +119,7 @@ class EngineCapabilities:
     returns_support: bool = False
     identity: ModelIdentity | None = None
     weight_receivers: int = 1
+    weight_problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ class WeightSender(Protocol):
 
 class WeightReceiver(Protocol):
     """An engine, as far as publishing goes. `capabilities()` returns an object with `name`, `shares_weights`,
-    `weight_sources` and `weight_receivers`."""
+    `weight_sources`, `weight_receivers` and `weight_problem`."""
 
     def capabilities(self) -> Any: ...
 

@@ -77,6 +77,8 @@ def choose_transport(transport: str, capabilities: Any) -> WeightKind:
     for kind in wanted:
         if kind in taken:
             return cast("WeightKind", kind)
+    if capabilities.weight_problem:
+        raise SyncError(f"publish: engine {capabilities.name!r} takes no weights: {capabilities.weight_problem}")
     raise SyncError(
         f"publish: engine {capabilities.name!r} takes weights from {list(taken) or 'nowhere'}, and sync.transport = "
         f"{transport!r} offers {list(wanted)}; set sync.transport to one that it takes, or choose another engine"

@@ -24,11 +24,13 @@ from keel.engines.base import (
 )
 from keel.engines.embedded.checks import problem_with, refusal
 from keel.engines.vllm.client import VllmClient
+from keel.engines.vllm.command import find_python, is_cpu_build
 from keel.engines.vllm.exchange import num_tops, read_answer, read_scores, request_body, result_of, score_body
 from keel.engines.vllm.facts import ServerFacts, find_facts
 from keel.engines.vllm.host import Host
-from keel.engines.vllm.identity import check_server, push_problem, read_vocab_size
+from keel.engines.vllm.identity import check_server, push_problem, read_vocab_size, served_identity
 from keel.engines.vllm.server import VllmServer
+from keel.engines.vllm.sizes import check_cpu_sizes
 from keel.engines.vllm.turns import Turns
 from keel.sync.base import SyncError
 
@@ -56,7 +58,8 @@ class VllmEngine:
 
         What a started one prints goes to `log_path` (a new temporary file if None); `model_overrides` are fields of the
         model's configuration that it takes otherwise. Raises EngineError if it does not come up, serves another model,
-        another tokenizer or shorter sequences, or returns no log-probs of what it draws.
+        another tokenizer or shorter sequences, returns no log-probs of what it draws, or if the model has sizes that
+        vLLM's CPU build cannot run.
         """
         self._return_routes = config.return_routes
         remote = ("--trust-remote-code",) if model.trust_remote_code else ()
@@ -70,6 +73,9 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended: set[asyncio.Task[Any]] = set()
         kept = log_path or Path(tempfile.mkdtemp(prefix="keel-vllm-log-")) / "vllm.log"
+
+        if not settings.url and is_cpu_build(find_python(settings)):
+            check_cpu_sizes(model)
 
         def start() -> VllmServer:
             return VllmServer.start(
@@ -100,6 +106,7 @@ class VllmEngine:
             sleeps=self.facts.sleeps and server is not None,
         )
         self.vocab_size = read_vocab_size(model)
+        self._identity = served_identity(model, self.facts, settings, model_overrides or {})
 
     # ---- the protocol
 
@@ -174,7 +181,7 @@ class VllmEngine:
         """`deterministic` only in vLLM's batch-invariant mode: otherwise what runs beside a request changes its
         roundings, and now and then a token, whatever its seed."""
         facts = self.facts
-        pushed = facts.takes_weights and push_problem(facts, self._config) is None
+        problem = push_problem(facts, self._config)
         return EngineCapabilities(
             name="vllm",
             max_sequence_tokens=self.capacity,
@@ -182,11 +189,13 @@ class VllmEngine:
             returns_routes=facts.returns_routes and self._return_routes,
             keeps_prefix=facts.keeps_prefix,
             shares_weights=False,
-            weight_sources=("file", "gloo", *(() if facts.on_cpu else ("nccl",))) if pushed else (),
+            weight_sources=() if problem else ("file", "gloo", *(() if facts.on_cpu else ("nccl",))),
+            weight_problem=problem or "",
             weight_receivers=facts.num_workers,
             deterministic=facts.batch_invariant and facts.can_seed,
             cache_bytes=facts.cache_bytes,
             returns_support=facts.logprobs == "processed",
+            identity=self._identity,
         )
 
     async def health(self) -> EngineHealth:

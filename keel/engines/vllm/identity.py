@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tokenizers import Tokenizer
 from transformers import AutoConfig
@@ -12,10 +15,12 @@ from transformers import AutoConfig
 from keel.config import ModelConfig
 from keel.config_vllm import VllmConfig
 from keel.engines.base import EngineError
+from keel.engines.identity import ModelIdentity, identity_of
 from keel.engines.vllm.client import ServerAnswerError, VllmClient
 from keel.engines.vllm.facts import ServerFacts
 
 PROBE_TEXT = "<|start|>user<|message|>Two plus 2 = four, naïve façade 数\n\tend<|end|>"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COMPARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -32,10 +37,28 @@ def read_vocab_size(model: ModelConfig) -> int:
     return int(read_config(model).vocab_size)
 
 
+def served_identity(
+    model: ModelConfig, facts: ServerFacts, config: VllmConfig, overrides: Mapping[str, Any]
+) -> ModelIdentity | None:
+    """Tokenizer, template and configuration of what is served: of the files that the server was started with, its
+    `overrides` in them. None for one that was attached to, unless its directory is on this machine."""
+    if config.url and not (urlsplit(config.url).hostname in LOOPBACK and Path(facts.root).is_dir()):
+        return None
+    path, revision = (facts.root, "") if config.url else (model.path, model.revision)
+    found = identity_of(path, revision=revision, trust_remote_code=model.trust_remote_code)
+    changed = {name: json.dumps(value, sort_keys=True) for name, value in overrides.items()}
+    return dataclasses.replace(found, config={**found.config, **changed})
+
+
 def push_problem(facts: ServerFacts, config: VllmConfig) -> str | None:
     """Why weights cannot be pushed to this server, or None."""
     if config.url and not config.allow_weight_push:
         return "Keel only attached to this server; set engine.vllm.allow_weight_push = true if it may be changed"
+    if facts.quantization:
+        return (
+            f"it serves weights quantized as {facts.quantization}, so the policy that acts would not be the one that "
+            "learns; serve the unquantized weights"
+        )
     if not facts.takes_weights:
         return (
             "its workers lack Keel's extension: start it in development mode (VLLM_SERVER_DEV_MODE=1) with "
@@ -44,8 +67,6 @@ def push_problem(facts: ServerFacts, config: VllmConfig) -> str | None:
         )
     if facts.dialect != "generate":
         return "it does not say which weights drew a token: start it with --enable-scale-out"
-    if facts.quantization:
-        return f"it serves {facts.quantization} weights, and the learner's are not quantized"
     return None
 
 

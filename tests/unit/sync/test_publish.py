@@ -26,7 +26,8 @@ class Listener:
         self.loaded: list[tuple[WeightSource, int]] = []
 
     def capabilities(self) -> Any:
-        return SimpleNamespace(name="listener", shares_weights=self.shares, weight_sources=self.sources)
+        told = {"shares_weights": self.shares, "weight_sources": self.sources, "weight_problem": ""}
+        return SimpleNamespace(name="listener", **told)
 
     async def load_weights(self, source: WeightSource, version: int) -> None:
         self.loaded.append((source, version))

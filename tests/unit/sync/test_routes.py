@@ -156,7 +156,7 @@ def test_of_an_adapter_the_factors_go_with_a_note_of_what_they_are_on(path: str,
 
 def test_what_an_engine_cannot_take_is_refused_in_words() -> None:
     class Capabilities:
-        name, shares_weights, weight_sources = "some", False, ("gloo",)
+        name, shares_weights, weight_sources, weight_problem = "some", False, ("gloo",), ""
 
     assert choose_transport("auto", Capabilities) == "gloo"
     with pytest.raises(SyncError, match=r"'some' takes weights from \['gloo'\].*'nccl'.*sync.transport"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +13,11 @@ import pytest
 from keel.config import EngineConfig, ModelConfig
 from keel.config_vllm import VllmConfig
 from keel.engines.base import EngineError, GenerateRequest, WeightSource
+from keel.engines.identity import differences, identity_of
 from keel.engines.vllm.engine import VllmEngine
 from keel.models.tiny import build_tiny_model, build_tiny_tokenizer
 from keel.sync.base import SyncError
+from keel.sync.publish import choose_transport
 from keel.types import SamplingSettings
 from tests.unit.engines.vllm.stranger import Vllm, serving
 
@@ -72,6 +76,22 @@ def test_weights_are_not_pushed_to_a_server_that_is_not_ours(model: ModelConfig)
             asyncio.run(engine.load_weights(WeightSource("file", "/nowhere"), 1))
 
 
+def test_quantized_weights_are_never_mixed_with_the_learners(model: ModelConfig) -> None:
+    """As a server of GPT-OSS's own MXFP4 checkpoint tells it, with everything else as it should be."""
+    told = {
+        "model_config": {"quantization": "mxfp4", "dtype": "torch.float32"},
+        "parallel_config": {"worker_extension_cls": "keel_vllm_worker.extension.WorkerExtension"},
+    }
+    tells = {"/server_info": (200, {"vllm_config": told}), "/update_weight_version": (200, {"success": True})}
+    with serving(Vllm(**tells)) as url:
+        engine = attach(url, model, allow_weight_push=True)
+        assert engine.capabilities().weight_sources == ()
+        with pytest.raises(SyncError, match=r"quantized as mxfp4.*serve the unquantized weights"):
+            asyncio.run(engine.load_weights(WeightSource("file", "/nowhere"), 1))
+    with pytest.raises(SyncError, match="takes no weights: it serves weights quantized as mxfp4"):
+        choose_transport("auto", engine.capabilities())
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("shorter sequences", {"/v1/models": (200, {"data": [{"id": "m", "max_model_len": 32}]})}, "--max-model-len 64"),
     ("no vLLM", {"/v1/models": (200, {"data": [{"id": "m"}]})}, "is the address right"),
@@ -94,6 +114,21 @@ def test_a_server_of_another_model_is_refused(model: ModelConfig, tmp_path: Any)
     build_tiny_model("qwen3", tmp_path, vocab_size=320, num_hidden_layers=2)
     with serving(Vllm(root=str(tmp_path))) as url, pytest.raises(EngineError, match="another model"):
         attach(url, model)
+
+
+def test_whose_files_a_server_on_this_machine_has_is_known(model: ModelConfig, tmp_path: Any) -> None:
+    """The same sizes with another constant in the norms are another model."""
+    copy = tmp_path / "copy"
+    shutil.copytree(model.path, copy)
+    for change, told in ((None, []), ({"rms_norm_eps": 0.5}, ["rms_norm_eps of the configuration (1e-06 and 0.5)"])):
+        file = copy / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **(change or {})}))
+        with serving(Vllm(root=str(copy))) as url:
+            theirs = attach(url, model).capabilities().identity
+        assert theirs is not None
+        assert differences(identity_of(model.path), theirs) == told
+    with serving(Vllm(root="somebody/model")) as url:
+        assert attach(url, model).capabilities().identity is None
 
 
 def test_logits_are_no_log_probs(model: ModelConfig) -> None:
