@@ -39,6 +39,17 @@ def find_python(config: VllmConfig) -> str:
     return python
 
 
+def is_cpu_build(python: str) -> bool:
+    """Whether the vLLM of this interpreter was built for CPUs, by what its package says of itself."""
+    code = (
+        "import importlib.util, pathlib\n"
+        "place = pathlib.Path(importlib.util.find_spec('vllm').origin).parents[1]\n"
+        "print(*(each.name for each in place.glob('vllm*.dist-info')))"
+    )
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, timeout=60, check=False)  # noqa: S603
+    return b"cpu" in done.stdout
+
+
 def _nearby_python() -> str:
     here = Path.cwd()
     for directory in (here, *here.parents, Path(keel.__file__).parents[1]):

