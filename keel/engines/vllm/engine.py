@@ -93,6 +93,8 @@ class VllmEngine:
         client = VllmClient(address, timeout_s=settings.request_timeout_s, api_key=key)
         try:
             self.facts, self._label = apart(self._look_at(client, server, model, version))
+            self.vocab_size = read_vocab_size(model)
+            self._identity = served_identity(model, self.facts, settings, model_overrides or {})
         except BaseException:
             if server is not None:
                 server.close()
@@ -105,8 +107,6 @@ class VllmEngine:
             max_restarts=settings.max_restarts,
             sleeps=self.facts.sleeps and server is not None,
         )
-        self.vocab_size = read_vocab_size(model)
-        self._identity = served_identity(model, self.facts, settings, model_overrides or {})
 
     # ---- the protocol
 
