@@ -3,6 +3,7 @@
 const STATUS_KIND = { pass: "good", warn: "warn", fail: "bad", skip: "" };
 const STATUS_WORD = { pass: "passed", warn: "warned", fail: "failed", skip: "skipped" };
 const STATUS_ORDER = ["fail", "warn", "pass", "skip"];
+const NOTHING = -9; // log10 of what a gap of exactly 0 is drawn at
 const SIDE_WORDS = { engine: "in the engine", learner: "in the learner" };
 const GAP_WORDS = [
   ["abs_mean", "mean"], ["abs_p50", "median"], ["abs_p99", "99th percentile"], ["abs_max", "largest"],
@@ -23,12 +24,13 @@ function plotAxis(settings) {
 /** Ticks at whole powers of ten for an axis of log10 values. */
 function powerTicks(values) {
   const known = values.filter((value) => typeof value === "number");
-  const low = Math.floor(Math.min(...known, 0));
+  const low = Math.max(Math.floor(Math.min(...known, 0)), NOTHING);
   const high = Math.ceil(Math.max(...known, low + 1));
   const every = Math.max(1, Math.ceil((high - low) / 5));
   const tickvals = [];
   for (let power = high; power >= low; power -= every) tickvals.push(power);
-  return { tickvals, ticktext: tickvals.map(powerOfTen), range: [low - 0.2, high + 0.2] };
+  const ticktext = tickvals.map((power) => (power <= NOTHING ? "0" : powerOfTen(power)));
+  return { tickvals, ticktext, range: [low - 0.2, high + 0.2] };
 }
 
 /** A chart of our own numbers: {node, draw}. Hidden from assistive technology but for its label. */
