@@ -1,12 +1,13 @@
 """Does preflight name what is wrong? Faults at random strengths are planted in a stack, and its result is compared.
 
-    python -m benchmarks.preflight --first-seed 1000 --singles 3 --pairs 20 --out benchmarks/results/preflight.json
-    python -m benchmarks.preflight --first-seed 1000 --engine vllm --singles 1 --pairs 4 --out vllm.json
+    python -m benchmarks.preflight --first-seed 1000 --pairs 12 --rounded 12 --out benchmarks/results/preflight.json
+    python -m benchmarks.preflight --first-seed 1000 --engine vllm --cause healthy --out vllm.json
 
 A case is a model family, a type, a side and one or two causes at strengths drawn from its seed; `--singles` is how many
-per cause, side, family and type. Every case runs `keel.preflight` on a run's config with `engine.distortions` or
-`learner.distortions`, as a user would. Healthy stacks of all families and types are cases too. In bfloat16 a case
-counts if its gap is more than 3 times the noise that preflight measured; the others are listed, not counted.
+per cause and side in float32, `--rounded` how many causes are tried in bfloat16. Every case runs `keel.preflight` on a
+run's config with `engine.distortions` or `learner.distortions`, as a user would. Healthy stacks of all families and
+types are cases too. In bfloat16 a case counts if its gap is more than 3 times the noise that preflight measured; the
+others are listed, not counted.
 
 Found means: of one cause, that it is named; of a pair, that both are among the first three. Precision is over all
 causes that are named. Rows are written as they come, so that a campaign that is stopped is a shorter one.
@@ -58,24 +59,36 @@ class Case:
     planted: tuple[Distortion, ...]
 
 
-def cases(first_seed: int, num_singles: int, num_pairs: int) -> list[Case]:
-    """Every cause on every side, family and type `num_singles` times, `num_pairs` pairs, and the healthy stacks."""
-    found: list[Case] = []
+def cases(first_seed: int, num_singles: int, num_pairs: int, num_rounded: int) -> list[Case]:
+    """Every cause on either side `num_singles` times in float32, healthy stacks, `num_pairs` pairs, and `num_rounded`
+    causes in bfloat16; model families are drawn. In this order, causes by turns on either side, so that a campaign that
+    is stopped has seen some of everything."""
     seeds = iter(range(first_seed, first_seed + 1_000_000))
-    for preset in PRESETS:
-        info = _info(preset)
-        for dtype in DTYPES:
-            found += [Case(next(seeds), preset, dtype, "engine", sampling, ()) for sampling in SAMPLINGS[:2]]
-            for side in SIDES:
-                for cause in CAUSES:
-                    for _ in range(num_singles):
-                        found += _single(next(seeds), preset, dtype, side, cause, info)
     rng = random.Random(first_seed)
-    for _ in range(num_pairs):
-        preset, dtype, side = rng.choice(PRESETS), rng.choice(DTYPES), rng.choice(SIDES)
-        found += _pair(next(seeds), preset, dtype, side, _info(preset))
-    rng.shuffle(found)  # so that a campaign that is stopped has seen some of everything
+    found: list[Case] = []
+    for number in range(2 * num_singles):
+        drawn = [_drawn(next(seeds), "float32", SIDES[(number + place) % 2], cause) for place, cause in _shuffled(rng)]
+        found += [case for some in drawn for case in some]
+        if number == 0:
+            for preset in PRESETS:
+                found += [Case(next(seeds), preset, dtype, "engine", rng.choice(SAMPLINGS), ()) for dtype in DTYPES]
+            for _ in range(num_pairs):
+                preset, side = rng.choice(PRESETS), rng.choice(SIDES)
+                found += _pair(next(seeds), preset, "float32", side, _info(preset))
+    for _, cause in _shuffled(rng)[:num_rounded]:
+        found += _drawn(next(seeds), "bfloat16", rng.choice(SIDES), cause)
     return found
+
+
+def _shuffled(rng: random.Random) -> list[tuple[int, str]]:
+    numbered = list(enumerate(CAUSES))
+    return rng.sample(numbered, len(numbered))
+
+
+def _drawn(seed: int, dtype: str, side: Side, cause: str) -> list[Case]:
+    """The cause planted in a family that has a place for it; empty if none has."""
+    found = [case for preset in PRESETS for case in _single(seed, preset, dtype, side, cause, _info(preset))]
+    return [random.Random(seed).choice(found)] if found else []
 
 
 def _info(preset: str) -> ModelInfo:
@@ -130,13 +143,14 @@ def row_of(case: Case, engine: str, budget_s: float) -> dict[str, Any]:
         "sampling": [case.sampling.temperature, case.sampling.top_p, case.sampling.top_k],
         "planted": [each.to_json() for each in case.planted],
     }
-    began = time.perf_counter()
+    began, processor = time.perf_counter(), time.process_time()
     try:
         result = keel.preflight(config_of(case, engine), seed=case.seed, budget_s=budget_s)
     except Exception as error:  # noqa: BLE001 (a case that cannot be run is a row that says so)
         traceback.print_exc(file=sys.stderr)
         return row | {"error": f"{type(error).__name__}: {error}", "wall_s": round(time.perf_counter() - began, 2)}
-    return row | _judged(case, result) | {"wall_s": round(time.perf_counter() - began, 2)}
+    took = {"wall_s": round(time.perf_counter() - began, 2), "cpu_s": round(time.process_time() - processor, 2)}
+    return row | _judged(case, result) | took
 
 
 def _judged(case: Case, result: PreflightResult) -> dict[str, Any]:
@@ -184,13 +198,15 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             missed = [row["named"] for row in some if not row["found"]]
             by_cause[cause] = {"cases": len(some), "found": len(some) - len(missed), "named_instead": missed}
     healthy = [row for row in ran if not row["planted"]]
-    durations = sorted(row["duration_s"] for row in ran)
+    durations = sorted(row["wall_s"] for row in ran)
+    processor = sorted(row["cpu_s"] for row in ran)
     return found | {
         "by_cause": by_cause,
         "healthy": {"cases": len(healthy), "alarms": [row["named"] for row in healthy if row["named"]]},
         "not_counted": sum(not row["counts"] for row in ran),
         "errors": len(rows) - len(ran),
-        "duration_s": {"median": durations[len(durations) // 2], "max": durations[-1]} if durations else {},
+        "wall_s": {"median": durations[len(durations) // 2], "max": durations[-1]} if durations else {},
+        "cpu_s": {"median": processor[len(processor) // 2], "max": processor[-1]} if processor else {},
     }
 
 
@@ -199,17 +215,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first-seed", type=int, required=True, help="below 1000: for building; from 1000: to report")
     parser.add_argument("--singles", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--rounded", type=int, default=12, help="causes tried in bfloat16")
     parser.add_argument("--engine", default="embedded", choices=("embedded", "vllm"))
     parser.add_argument("--preset", default="", choices=("", *PRESETS))
     parser.add_argument("--dtype", default="", choices=("", *DTYPES))
     parser.add_argument("--cause", default="", help="only cases with this cause, or 'healthy'")
     parser.add_argument("--most", type=int, default=0, help="stop after so many cases")
     parser.add_argument("--stop-after-s", type=float, default=0.0, help="begin no case after so many seconds")
-    parser.add_argument("--budget-s", type=float, default=120.0)
+    parser.add_argument("--budget-s", type=float, default=150.0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    wanted = [case for case in cases(options.first_seed, options.singles, options.pairs) if _is_wanted(case, options)]
+    planned = cases(options.first_seed, options.singles, options.pairs, options.rounded)
+    wanted = [case for case in planned if _is_wanted(case, options)]
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
     for case in wanted[: options.most or None]:

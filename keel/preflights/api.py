@@ -30,7 +30,9 @@ def preflight(  # noqa: PLR0913 (keyword-only, one for each part of somebody's s
     budget_s: float = 150.0,
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreflightResult:
-    """Check a run's stack, or anyone's, in about `budget_s` seconds; nothing is written but temporary files.
+    """Check a run's stack, or anyone's, in about `budget_s` seconds of a quiet machine.
+
+    Nothing is written but temporary files.
 
     Either `config` (a TrainConfig, the path of a TOML file, a recipe's name, or a mapping), or `model` (a Hugging Face
     directory or hub id) and `engine` (the address of a vLLM server, or an object of Keel's engine protocol): then the

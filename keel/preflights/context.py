@@ -39,11 +39,21 @@ class Context:
     _probes_failure: EngineError | None = None
     engine_failure: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    _started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._started = self._now()
+
+    def _now(self) -> float:
+        """Where the engine is in this process, its processor time: then nothing depends on how busy the machine is."""
+        config = self.stack.config
+        is_here = config is not None and config.engine.id == "embedded" and config.engine.process == "same"
+        return time.process_time() if is_here else time.perf_counter()
 
     @property
     def left_s(self) -> float:
         """Seconds of the budget that are left; never less than 0."""
-        return max(0.0, self.budget_s - (time.perf_counter() - self.began))
+        return max(0.0, self.budget_s - (self._now() - self._started))
 
     def probes(self) -> ProbeData:
         """Sequences that the engine drew, scored by both sides. Raises EngineError if the engine fails."""
@@ -64,9 +74,9 @@ class Context:
     def _affordable(self) -> ProbePlan:
         """The plan, with fewer sequences if some few, drawn and scored, say that all would take too long."""
         pilot = replace(self.plan.scaled(0.0), seed=self.plan.seed + 1)
-        began = time.perf_counter()
+        began = self._now()
         drawn = self._drawn(pilot)
-        whole_s = (time.perf_counter() - began) * self.plan.num_sequences / max(1, len(drawn.sequences))
+        whole_s = (self._now() - began) * self.plan.num_sequences / max(1, len(drawn.sequences))
         share = PROBE_SHARE * self.budget_s / max(whole_s, 1e-9)
         return self.plan if share >= 1 else self.plan.scaled(share)
 

@@ -46,6 +46,7 @@ def diagnose(
 ) -> tuple[Attribution, ...]:
     """What explains each side's gap to `reference` on the probes, the largest first; empty if there is none.
 
+    `budget_s` is of processor time of this process, so that the answer does not depend on what else the machine does.
     A side without log-probs is left out (an engine's may be all nan, `data.trainer` empty). A model too large for the
     budget is judged on fewer sequences, and what is left unsaid for want of time is said in the text of the row
     "unexplained". A lost stop token is seen in the replies themselves, gap or not.
@@ -54,10 +55,10 @@ def diagnose(
     reference.earlier = facts.earlier
     if facts.pad_token_id is None:
         facts = replace(facts, pad_token_id=getattr(reference.model.config, "pad_token_id", None) or 0)
-    started = time.monotonic()
+    started = time.process_time()
     most = MOST_TOKENS[facts.dtype]
     predictor = Predictor(reference, Evidence(chosen_probes(data, most)), facts)
-    pass_s = time.monotonic() - started
+    pass_s = time.process_time() - started
     if budget_s < PASSES * pass_s:
         predictor = Predictor(reference, Evidence(chosen_probes(data, most * budget_s / (PASSES * pass_s))), facts)
     noise = predictor.noise(facts.dtype)

@@ -33,7 +33,7 @@ def best_pair(search: Search, candidates: Sequence[Hypothesis], fits: Sequence[F
     found: Fit | None = None
     for ranked in (_with_readout(search, rough), _by_effects(search, rough), _beside_the_best(search, rough, fits)):
         for pair in _distinct(ranked):
-            if time.monotonic() > search.deadline:
+            if time.process_time() > search.deadline:
                 search.was_cut_short = True
                 return found
             fit = together(search, pair)
@@ -64,7 +64,7 @@ def together(search: Search, pair: tuple[Hypothesis, Hypothesis]) -> Fit:
         before = fit.left
         for place in (1, 0):
             fit = min(fit, search.fit(fit.hypotheses, place), key=lambda each: each.left)
-        if fit.left <= search.done or fit.left > 0.9 * before or time.monotonic() > search.deadline:
+        if fit.left <= search.done or fit.left > 0.9 * before or time.process_time() > search.deadline:
             break
     return fit
 
@@ -79,7 +79,7 @@ def _with_readout(search: Search, rough: Sequence[Hypothesis]) -> list[Pair]:
     for number, readout in enumerate(readouts):
         others = [*readouts[:number], *(each for each in rough if each.readout is None)]
         for other in others:
-            if time.monotonic() > search.deadline:
+            if time.process_time() > search.deadline:
                 break
             if compatible(readout, other):
                 pair = (other, readout)
@@ -128,7 +128,7 @@ def _beside_the_best(search: Search, rough: Sequence[Hypothesis], fits: Sequence
     best = min(fits, key=lambda fit: fit.left).hypotheses[0]
     ranked: list[tuple[float, int, Pair]] = []
     for other in rough:
-        if time.monotonic() > search.deadline:
+        if time.process_time() > search.deadline:
             break
         if other.readout is None and compatible(best, other):
             left = search.left((best, other))

@@ -29,7 +29,10 @@ class Fit:
 
 
 class Search:
-    """Explains `observed [N]`; `done` is the level at which nothing is left to explain."""
+    """Explains `observed [N]`; `done` is the level at which nothing is left to explain.
+
+    `deadline` is a value of `time.process_time`.
+    """
 
     def __init__(
         self, predictor: Predictor, observed: Array, done: float, deadline: float, *, stops_early: bool = True
@@ -48,7 +51,7 @@ class Search:
         """Every candidate beside what is `given`, its strength fitted, in the order of the candidates."""
         fits = []
         for candidate in candidates:
-            if time.monotonic() > self.deadline:
+            if time.process_time() > self.deadline:
                 self.was_cut_short = True
                 break
             fits.append(self.fit((*given, candidate), len(given)))
