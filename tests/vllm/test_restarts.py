@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -27,68 +31,125 @@ from tests.vllm_servers import OneEngine, ask, until_at_server
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm.toml"
 
 
+@dataclass
+class Death:
+    """A kill: when call `number` of `method` since the last kill (or a later one), to a server with the weights of
+    `version`, is under way, or was just answered. Calls that give a new server its weights do not count.
+
+    Filled in by the kill: how many requests the server was drawing for, and how the call that was under way ended.
+    """
+
+    method: str
+    moment: Literal["during", "after"]
+    version: int
+    number: int
+    running: int = -1
+    ended: str = ""
+
+
 class Killer:
-    """Kills the server at aimed moments: `moments` by call of the client, how many of these calls go before it."""
+    """Kills the server that runs, at the moments of `deaths`, one after the other."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.aims: list[tuple[str, str, int]] = []
-        self.killed: list[str] = []
-        self.calls: dict[str, int] = {}
-        self.server: Callable[[], VllmServer | None] = lambda: None
-        for method in ("generate", "collective_rpc", "set_weight_version", "pause", "reset_prefix_cache"):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, deaths: list[Death]) -> None:
+        self.due = list(deaths)
+        self.killed: list[Death] = []
+        self.servers: list[VllmServer] = []
+        self.version = -1
+        self._settled = False  # whether the server has the weights that it should
+        self._calls: Counter[tuple[str, int]] = Counter()
+        start = VllmServer.start.__func__  # type: ignore[attr-defined]
+
+        def started(cls: Any, *arguments: Any, **options: Any) -> VllmServer:
+            self.servers.append(start(cls, *arguments, **options))
+            return self.servers[-1]
+
+        monkeypatch.setattr(VllmServer, "start", classmethod(started))
+        for method in ("generate", "pause", "collective_rpc", "set_weight_version"):
             monkeypatch.setattr(VllmClient, method, self._aimed(method, getattr(VllmClient, method)))
-
-    def aim(self, method: str, moment: str, number: int) -> None:
-        """Kill it when call `number` of `method` from now on is under way ("during") or has been answered ("after")."""
-        self.aims.append((method, moment, self.calls.get(method, 0) + number))
 
     def _aimed(self, method: str, original: Any) -> Any:
         async def call(client: VllmClient, *arguments: Any, **options: Any) -> Any:
-            number = self.calls[method] = self.calls.get(method, 0) + 1
-            during = (method, "during", number) in self.aims
-            after = (method, "after", number) in self.aims
-            if not during:
-                result = await original(client, *arguments, **options)
-                if after:
-                    self._kill(f"{method} after")
-                return result
-            task = asyncio.ensure_future(original(client, *arguments, **options))
-            await asyncio.sleep(0.02)  # the request is at the server, and cannot be answered yet
-            self._kill(f"{method} during")
-            return await task
+            death = self._of(method, arguments)
+            work = asyncio.ensure_future(original(client, *arguments, **options))
+            if death is not None and death.moment == "during":
+                return await self._during(death, work)
+            result = await work
+            if method == "set_weight_version":
+                self.version, self._settled = int(arguments[0]), True
+            if death is not None:
+                self._kill(death)
+            return result
 
         return call
 
-    def _kill(self, name: str) -> None:
-        server = self.server()
-        assert server is not None
+    def _of(self, method: str, arguments: tuple[Any, ...]) -> Death | None:
+        """The death that this call is for."""
+        if method == "generate" and arguments[0]["sampling_params"]["max_tokens"] == 1:
+            return None  # a look at what the server does, not an episode's
+        if not self._settled:
+            return None
+        self._calls[method, self.version] += 1
+        if not self.due or (self.due[0].method, self.due[0].version) != (method, self.version):
+            return None
+        return self.due.pop(0) if self._calls[method, self.version] >= self.due[0].number else None
+
+    async def _during(self, death: Death, work: asyncio.Future[Any]) -> Any:
+        """Kill it while it draws; a push, which is over in a moment, finds its workers held.
+
+        A reply that came before its server could be held leaves the death to the next call.
+        """
+        server = self.servers[-1]
+        family = psutil.Process(server.pid).children(recursive=True)
+        while death.method == "generate" and not work.done() and not await asyncio.to_thread(drawing_for, server):
+            pass
+        for process in family:
+            process.suspend()
+        for _ in range(3):  # each is answered after the call has been sent
+            death.running = await asyncio.to_thread(drawing_for, server)
+        if work.done():
+            self.due.insert(0, death)
+            for process in family:
+                process.resume()
+            return await work
+        self._kill(death, family)
+        try:
+            return await work
+        except EngineError as error:
+            death.ended = f"{type(error).__name__} of {type(error.__cause__).__name__}"
+            raise
+
+    def _kill(self, death: Death, held: Sequence[psutil.Process] = ()) -> None:
+        server = self.servers[-1]
         os.kill(server.pid, signal.SIGKILL)
-        assert server.wait_dead(30)
-        self.killed.append(name)
+        for process in held:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+        assert server.wait_dead(60)
+        self.killed.append(death)
+        self._settled = False
+        self._calls.clear()
+
+
+def drawing_for(server: VllmServer) -> int:
+    """How many requests the server draws for, by its own metrics."""
+    with urlopen(f"{server.url}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    return int(sum(map(float, re.findall(r"^vllm:num_requests_running{.*} (\S+)$", text, re.MULTILINE))))
 
 
 def test_a_run_whose_server_is_killed_five_times_is_whole(
     vllm_python: str, one_engine: OneEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In mid-generation, in mid-push, between start and finish of an update (twice), and between two requests."""
+    """Twice in mid-generation, in mid-push, and between start and finish of an update, before and after its push."""
     one_engine.close()
-    killer = Killer(monkeypatch)
-    live: list[VllmServer] = []
-    start = VllmServer.start.__func__  # type: ignore[attr-defined]
-
-    def started(cls: Any, *arguments: Any, **options: Any) -> VllmServer:
-        live.append(start(cls, *arguments, **options))
-        return live[-1]
-
-    monkeypatch.setattr(VllmServer, "start", classmethod(started))
-    killer.server = lambda: live[-1]
-    # Calls before the run's own: four of generate and one of set_weight_version, when the server is looked at. A server
-    # that is started again gets weights too, so each death counts one more.
-    killer.aim("generate", "during", 12)
-    killer.aim("collective_rpc", "during", 3)
-    killer.aim("generate", "after", 45)
-    killer.aim("collective_rpc", "after", 6)
-    killer.aim("set_weight_version", "after", 7)
+    deaths = [
+        Death("generate", "during", version=0, number=6),  # in mid-generation
+        Death("pause", "after", version=0, number=1),  # an update has begun, nothing is written
+        Death("collective_rpc", "during", version=1, number=1),  # in mid-push
+        Death("generate", "during", version=2, number=10),
+        Death("collective_rpc", "after", version=2, number=1),  # all is written, and the version not yet named
+    ]
+    killer = Killer(monkeypatch, deaths)
     run_dir = tmp_path / "run"
     sets = [
         *(f"run_dir={str(run_dir)!r}", "steps=3", "optim.warmup_steps=0", "warm_start.steps=0", "eval.num_tasks=0"),
@@ -99,9 +160,14 @@ def test_a_run_whose_server_is_killed_five_times_is_whole(
     summary = train(config_load.parse(EXAMPLE.read_text(encoding="utf-8"), "vllm.toml", sets))
 
     assert summary.state == "completed"
-    assert len(killer.killed) == 5, killer.killed
-    assert len(live) == 6
-    assert not any(server.alive() for server in live)
+    assert killer.killed == deaths
+    for death in deaths:
+        if death.moment == "during":  # the request had been sent, and its answer never came
+            assert death.ended in ("ServerGoneError of ReadError", "ServerGoneError of RemoteProtocolError")
+        if death.method == "generate":
+            assert death.running >= 1
+    assert len(killer.servers) == 6
+    assert not any(server.alive() for server in killer.servers)
     for step in range(3):
         lines = (run_dir / "trajectories" / f"{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
         attempts = [json.loads(line) for line in lines]
