@@ -211,7 +211,7 @@ class WeightCheck:
         groups = tensor_groups(learner.weight_names())
         try:
             unmoved, wrong = await self._unmoved(learner, engine, push, groups)
-            return unmoved or (await self._garbled(learner, engine, push, groups) if wrong else [])
+            return unmoved or await self._garbled(learner, engine, push, {group: groups[group] for group in wrong})
         finally:
             learner.restore_weights()
             await push()
@@ -240,7 +240,8 @@ class WeightCheck:
     async def _garbled(
         self, learner: CheckedLearner, engine: CheckedEngine, push: Push, groups: dict[str, list[str]]
     ) -> list[str]:
-        """Groups that do change in the engine, and not into what they should be: written in a wrong order, say.
+        """Of `groups`, whose change moves the engine otherwise than the learner, those that are the cause: written in
+        a wrong order, say, or to one of two places.
 
         Zeros are the same in every order. So those are suspected whose zeros make both sides agree; of these, those are
         cleared that arrive as they should while another suspect is zero.

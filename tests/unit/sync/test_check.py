@@ -103,6 +103,18 @@ def test_groups_written_in_a_wrong_order_are_named(paths: dict[str, str]) -> Non
     assert not {"embed", "head", "attention.q_proj", "final_norm"} & set(caught.value.groups)
 
 
+def test_a_tied_embedding_that_arrives_in_one_of_its_places_is_named_alone(
+    tiny_checkpoint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after vLLM's own reload, whose head keeps a packed copy. With the last norm at zero both sides agree too."""
+    learner, engine = pair(tiny_checkpoint("qwen3", num_hidden_layers=2), "float32")
+    packed = engine.policy.head.weight.detach().clone()
+    monkeypatch.setitem(vars(engine.policy), "logits", lambda hidden: torch.nn.functional.linear(hidden, packed))
+    with pytest.raises(StaleWeightsError) as caught:
+        check(learner, engine, "float32")
+    assert caught.value.groups == ("embed",)
+
+
 def test_the_learner_is_itself_again_and_the_engine_has_its_weights(paths: dict[str, str]) -> None:
     learner, engine = pair(paths["gpt_oss"], "float32", deaf=("attention.sinks",))
     with pytest.raises(StaleWeightsError):
