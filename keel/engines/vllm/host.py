@@ -236,15 +236,14 @@ class Host:
         try:
             await push(client, snapshot.source)
         except SyncError as error:
-            if not isinstance(error, _MixedWeightsError) and not self._paused:
+            if not isinstance(error, _MixedWeightsError) and not self._paused and not self._asleep:
                 await client.resume()
             raise
         if not await client.reset_prefix_cache(running=True):
             raise EngineError("vllm: keys and values made with the old weights could not be dropped")
         await client.set_weight_version(str(snapshot.version))
         self.version = snapshot.version
-        self._asleep = False
-        if not self._paused:
+        if not self._paused and not self._asleep:  # the next request takes the memory again, and resumes
             await client.resume()
 
     async def _forget(self) -> None:
@@ -263,10 +262,9 @@ class Host:
                     await self._until_done(self._take_memory)
 
     async def _take_memory(self) -> None:
-        await self.client.post("/wake_up", params={"tags": "kv_cache"})
+        await self.client.post("/wake_up", params={"tags": "kv_cache"})  # which resumes, too
         self._asleep = False
-        if not self._paused:
-            await self.client.resume()
+        await (self.client.pause() if self._paused else self.client.resume())
 
     def _lock(self) -> asyncio.Lock:
         """One per event loop: a lock belongs to the loop it was first waited for on."""

@@ -18,6 +18,7 @@ class State:
     token = 1
     version = "default"
     running = threading.Event()
+    has_memory = True  # for keys and values
     calls: list[str]
 
     def __init__(self) -> None:
@@ -36,6 +37,8 @@ def generate(body: dict[str, Any]) -> dict[str, Any]:
         if settings["max_tokens"] > 1:
             time.sleep(0.005)
         STATE.running.wait()
+        if not STATE.has_memory:
+            raise RuntimeError("drawn without memory for keys and values")
         tokens.append(STATE.token)
         if not spans or spans[-1]["version"] != STATE.version:
             spans.append({"version": STATE.version, "start": position, "end": position})
@@ -57,7 +60,11 @@ def load(body: dict[str, Any]) -> dict[str, Any]:
 
 INFO = {
     "vllm_config": {
-        "model_config": {"max_logprobs": 64, "dtype": "torch.float32"},
+        "model_config": {
+            "max_logprobs": 64,
+            "dtype": "torch.float32",
+            "enable_sleep_mode": "--enable-sleep-mode" in sys.argv,
+        },
         "cache_config": {"enable_prefix_caching": True},
         "scheduler_config": {"enable_chunked_prefill": False},
         "parallel_config": {"worker_extension_cls": "keel_vllm_worker.extension.WorkerExtension", "world_size": 1},
@@ -77,8 +84,11 @@ def answer(path: str, body: dict[str, Any]) -> Any:
         return load(body)
     if path == "/pause":
         STATE.running.clear()
-    if path == "/resume":
+    if path in ("/resume", "/wake_up"):
+        STATE.has_memory |= path == "/wake_up"
         STATE.running.set()
+    if path == "/release_kv_cache_memory":
+        STATE.has_memory = False
     if path == "/update_weight_version":
         STATE.version = body["new_version"]
     return {"success": True, "weight_version": STATE.version}

@@ -259,3 +259,36 @@ def test_nothing_is_left_in_shared_memory(make: Callable[..., VllmEngine], tmp_p
         assert len(list(tmp_path.glob("keel-vllm-weights-*"))) == 1
     asyncio.run(engine.close())
     assert not list(tmp_path.glob("keel-vllm-weights-*"))
+
+
+def test_memory_that_was_given_back_is_taken_again_after_a_push(
+    make: Callable[..., VllmEngine], tmp_path: Path
+) -> None:
+    engine = make(args=("--enable-sleep-mode",))
+
+    async def main() -> None:
+        await engine.generate(ask(0, 5))
+        for version in (7, 8):  # as a run does: sample, make room, learn, push
+            await engine.release_memory()
+            await engine.load_weights(weights(tmp_path, version + FIRST), version)
+            result = await engine.generate(ask(version, 5))
+            assert is_true(result)
+            assert [span.policy_version for span in result.spans] == [version]
+
+    asyncio.run(main())
+    assert engine.host.restarts == 0
+
+
+def test_a_pause_holds_while_memory_is_taken_again(make: Callable[..., VllmEngine]) -> None:
+    engine = make(args=("--enable-sleep-mode",))
+
+    async def main() -> None:
+        await engine.release_memory()
+        await engine.pause()
+        task = asyncio.create_task(engine.generate(ask(0, 5)))
+        await asyncio.wait({task}, timeout=1)
+        assert not task.done()
+        await engine.resume()
+        assert len((await task).token_ids) == 5
+
+    asyncio.run(main())
