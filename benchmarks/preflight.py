@@ -24,7 +24,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -223,21 +225,37 @@ def main() -> None:
     parser.add_argument("--cause", default="", help="only cases with this cause, or 'healthy'")
     parser.add_argument("--most", type=int, default=0, help="stop after so many cases")
     parser.add_argument("--stop-after-s", type=float, default=0.0, help="begin no case after so many seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--budget-s", type=float, default=150.0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     planned = cases(options.first_seed, options.singles, options.pairs, options.rounded)
     wanted = [case for case in planned if _is_wanted(case, options)]
     rows: list[dict[str, Any]] = []
-    began = time.monotonic()
-    for case in wanted[: options.most or None]:
-        if options.stop_after_s and time.monotonic() - began > options.stop_after_s:
-            break
-        rows.append(row_of(case, options.engine, options.budget_s))
+    for row in _rows(wanted[: options.most or None], options):
+        rows.append(row)
         sys.stdout.write(_told(rows[-1]) + "\n")
         sys.stdout.flush()
         _write(options.out, rows, len(wanted))
     sys.stdout.write(json.dumps(summary_of(rows), indent=1) + "\n")
+
+
+def _rows(wanted: Sequence[Case], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows as they are done, `--jobs` at a time; no case begins after `--stop-after-s`."""
+    began, waiting = time.monotonic(), iter(wanted)
+    running: set[Future[dict[str, Any]]] = set()
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        while True:
+            while len(running) < options.jobs:
+                late = options.stop_after_s and time.monotonic() - began > options.stop_after_s
+                case = None if late else next(waiting, None)
+                if case is None:
+                    break
+                running.add(pool.submit(row_of, case, options.engine, options.budget_s))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (each.result() for each in done)
 
 
 def _is_wanted(case: Case, options: argparse.Namespace) -> bool:
