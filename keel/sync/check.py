@@ -140,7 +140,7 @@ class WeightCheck:
 
         Raises StaleWeightsError, naming the stale groups, if the difference is larger than rounding explains. One that
         no group explains (each that is changed arrives) is warned of, and is the new baseline: weights are not its
-        cause.
+        cause. Unless both sides agreed before: what parted them came with a push, and is raised without a name.
         """
         begun = time.perf_counter()
         gap, tolerance = await self._gap(learner, engine), self.tolerance
@@ -165,6 +165,14 @@ class WeightCheck:
                     "does not reach them: push through Keel's worker extension (engine.id = 'vllm'), or sample with "
                     "the embedded engine",
                     groups,
+                    gap,
+                )
+            if self._baseline is not None and self._baseline <= self._most < gap.median:
+                raise StaleWeightsError(
+                    f"{told}. Both sides did agree (to {self._baseline:.2g}), and every group of tensors follows when "
+                    "all of it is changed: so a part of one does not arrive, one layer's or one rank's. Push through "
+                    "Keel's worker extension (engine.id = 'vllm'), or sample with the embedded engine",
+                    (),
                     gap,
                 )
             logger.warning("%s. Every group of tensors arrives when it is changed, so weights are not the cause", told)

@@ -133,6 +133,13 @@ def test_nothing_is_tried_out_where_it_is_not_allowed(paths: dict[str, str]) -> 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), EngineError("only draws")], ids=lambda e: type(e).__name__)
 def test_an_engine_that_cannot_score_is_told_how_to_go_on(paths: dict[str, str], error: Exception) -> None:
+@pytest.mark.parametrize("name", ["model.layers.3.self_attn.sinks", "model.layers.0.mlp.experts.down_proj"])
+def test_one_stale_layer_of_many_stops_the_run_too(tiny_checkpoint: Callable[..., str], name: str) -> None:
+    learner, engine = pair(tiny_checkpoint("gpt_oss", num_hidden_layers=6), "float32", deaf_tensors=(name,))
+    with pytest.raises(StaleWeightsError):
+        check(learner, engine, "float32")
+
+
     learner = Learner(ModelConfig(path=paths["gpt_oss"]), LearnerConfig())
     policy = PolicyModel.load(paths["gpt_oss"])
     engine = SilentEngine(policy, EngineConfig(slots=2), max_sequence_tokens=CAPACITY, shares_weights=False)
