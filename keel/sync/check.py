@@ -259,7 +259,7 @@ class WeightCheck:
             learner.change_weights(names, "zero", 0)
             here, there = await self._pushed(learner, engine, push)
             learner.restore_weights()
-            if float((here - there).abs().median()) <= self._least:
+            if float((here - there).abs().median()) <= self.tolerance:
                 suspects.append(group)
         cleared = set()
         for group in suspects:
