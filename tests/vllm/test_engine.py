@@ -92,7 +92,8 @@ def test_scores_are_those_of_plain_transformers(engine: VllmEngine, reference: A
 def test_what_top_k_and_top_p_leave_is_told_and_its_log_probs_are_the_models(
     engine: VllmEngine, reference: Any
 ) -> None:
-    """Temperature 0.7, top-p 0.9, top-k 20: over what the server says was left, a learner gets the same to 1e-6."""
+    """Temperature 0.7, top-p 0.9, top-k 20: over what the server says was left, a learner gets the same, to 1e-6 in the
+    mean. Of a single token more cannot be had: float32 has steps of 4.8e-7 at 4 to 8 nats, and both sides add up."""
     settings = SamplingSettings(0.7, 0.9, 20)
     result = asyncio.run(engine.generate(ask(length=200, sampling=settings, return_support=True)))
     (span,) = result.spans
@@ -111,7 +112,7 @@ def test_what_top_k_and_top_p_leave_is_told_and_its_log_probs_are_the_models(
         assert abs(count - int((best.cumsum(0) < 0.9).sum()) - 1) <= 1
         gaps.append(abs(float(row[token] - torch.logsumexp(row[left], 0)) - told))
     assert sum(gaps) / len(gaps) <= 1e-6
-    assert max(gaps) <= 2e-5
+    assert max(gaps) <= 1e-5
     assert result.sampling == settings
 
 
@@ -123,7 +124,7 @@ def test_the_learner_agrees_over_what_the_server_left(engine: VllmEngine, vllm_m
     batch = add_advantages(pack(groups, max_tokens=400, num_updates=1), group_mean, {})
     metrics = learner.backward(batch).metrics
     assert metrics["mismatch/abs_mean"] <= 1e-6
-    assert metrics["mismatch/abs_max"] <= 2e-5
+    assert metrics["mismatch/abs_max"] <= 1e-5
     assert 1.0 < metrics["support/mean_size"] <= 20.0
     assert metrics["support/missing_share"] == 0.0
     assert metrics["support/own_diff"] < 0.01
