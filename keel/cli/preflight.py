@@ -99,7 +99,7 @@ def preflight(  # noqa: PLR0913, PLR0917 (a command's options are its arguments)
 def _check_usage(config_file: Path | None, alone: Mapping[str, object], sets: list[str] | None) -> None:
     given = [name for name, value in alone.items() if value not in ("", None)]
     if config_file is not None and given:
-        raise typer.BadParameter(f"{', '.join(given)} are for a stack without RUN.toml; use --set SECTION.OPTION=VALUE")
+        raise typer.BadParameter(f"not together with RUN.toml: {', '.join(given)}; use --set SECTION.OPTION=VALUE")
     if config_file is None and not (alone["--model"] and alone["--engine"]):
         raise typer.BadParameter("give RUN.toml, or --model and --engine")
     if config_file is None and sets:

@@ -34,7 +34,7 @@ def check_gap(context: Context) -> Iterator[Check]:
         figure=gap.judged,
         threshold=noise.threshold,
         unit="nats",
-        fix="see what explains the gap, below; correct that side, not the threshold",
+        fix="see what explains the gap; correct that side, not the threshold",
         noise=noise.mean,
         noise_factor=NOISE_FACTOR,
         worst=worst_tokens(context, data),
@@ -61,7 +61,7 @@ def check_reference(context: Context) -> Iterator[Check]:
         figure=size,
         threshold=noise.threshold,
         unit="nats",
-        fix="see what explains the gap, below: it names the side",
+        fix="see what explains the gap: it names the side",
         gaps=gaps,
     )
 
