@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,21 @@ async def requests_at(engine: VllmEngine) -> int:
     """How many requests the server itself has taken and not answered; its metrics stand still while it is paused."""
     answer = await engine.host.client.get("/load")
     return int(answer["server_load"])
+
+
+async def tokens_drawn(engine: VllmEngine) -> int:
+    """How many tokens the server has drawn since it was started, those of requests under way among them."""
+    text = (await engine.host.client._send("GET", "/metrics")).text
+    found = re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text, re.MULTILINE)
+    return round(sum(float(number) for number in found))
+
+
+async def until_drawn(engine: VllmEngine, number: int) -> None:
+    """Until the server has drawn `number` tokens since it was started; asking it is what gives it time."""
+    drawn = await tokens_drawn(engine)
+    while drawn < number:
+        await asyncio.sleep(0)
+        drawn = await tokens_drawn(engine)
 
 
 async def until_at_server(engine: VllmEngine, wanted: Callable[[int], bool]) -> None:

@@ -6,6 +6,7 @@ Sizes differ pairwise (hidden, intermediate, heads x head size, experts, vocabul
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +25,23 @@ from keel.sync.groups import tensor_groups
 from keel.sync.publish import publish_async
 from keel.sync.transports import write_weights
 from keel.types import SamplingSettings
-from tests.vllm_servers import CAPACITY, SHAPES, VOCAB_SIZE, OneEngine, ask, until_at_server
+from tests.vllm_servers import CAPACITY, SHAPES, VOCAB_SIZE, OneEngine, ask, tokens_drawn, until_drawn
 
 pytestmark = pytest.mark.vllm
 
 WRONG_BY = {"float32": 1e-5, "bfloat16": 0.05}
 """Median difference of log-probs that rounding explains."""
+SEEN_BY = {"float32": 0.01, "bfloat16": 0.2}
+"""Least median by which a group's change must move the learner's own log-probs, to be seen above that."""
+MOST_CHANGES = 20
+NEARLY_ALL = {"float32": 1e-4, "bfloat16": 0.5}
+"""What 98 of 100 tokens keep to: near-ties between experts, decided by rounding, are among the others."""
 STALE_BY_RELOAD = {
     "gpt_oss": {
         "attention.sinks",
         *("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj", "experts.down_proj_bias"),
     },
-    "qwen3": {"embed", "final_norm"},  # with tied embeddings, on a server that was pushed to before
+    "qwen3": {"embed"},  # tied: the head keeps a packed copy of its own
     "qwen3_moe": {"experts.gate_up_proj", "experts.down_proj"},
 }
 
@@ -68,9 +74,33 @@ class Stack:
 
         return Gap.between(learner.score_tokens(SEQUENCES), asyncio.run(scores()))
 
+    def push_group_by_group(self, learner: Learner, version: int) -> dict[str, tuple[float, float]]:
+        """Each group changed alone, as often as it takes to be seen, and pushed: the gap then, and how far the change
+        moved the learner."""
+        figures = {}
+        before = learner.score_tokens(SEQUENCES)
+        for index, (group, names) in enumerate(tensor_groups(learner.weight_names()).items()):
+            moved = 0.0
+            for again in range(MOST_CHANGES):
+                learner.change_weights(names, "noise", 100 * index + again)
+                moved = Gap.between(before, learner.score_tokens(SEQUENCES)).median
+                if moved >= SEEN_BY[self.dtype]:
+                    break
+            self.push(learner, version + index)
+            figures[group] = (self.gap(learner).median, moved)
+            learner.restore_weights()
+        return figures
+
     @property
     def tolerance(self) -> float:
         return WRONG_BY[self.dtype]
+
+
+def show(stack: Stack, what: str, figures: dict[str, Any]) -> None:
+    """For the pages that quote them: `pytest -rP` prints what tests print."""
+    print(f"{stack.preset} {stack.dtype}: {what}")
+    for name, values in figures.items():
+        print(f"  {name:30}", *(f"{value:.3g}" for value in values))
 
 
 SEQUENCES = check_sequences(num_tokens=360, vocab_size=VOCAB_SIZE, window=32, capacity=CAPACITY)
@@ -85,18 +115,15 @@ def stack(request: pytest.FixtureRequest, one_engine: OneEngine, vllm_model: Cal
 
 
 def test_every_tensor_group_arrives(stack: Stack) -> None:
+    """Changed one at a time and pushed: the gap stays what it was with the change, which alone is far larger."""
     learner = stack.learner(1)
     assert stack.gap(learner).median > 3 * stack.tolerance
     stack.push(learner, 1)
     assert stack.gap(learner).median <= stack.tolerance
-    for index, (group, names) in enumerate(tensor_groups(learner.weight_names()).items()):
-        before = learner.score_tokens(SEQUENCES)
-        learner.change_weights(names, "noise", index)
-        moved = Gap.between(before, learner.score_tokens(SEQUENCES))
-        stack.push(learner, 2 + index)
-        gap = stack.gap(learner)
-        learner.restore_weights()
-        assert gap.median <= stack.tolerance < moved.median, group
+    figures = stack.push_group_by_group(learner, 2)
+    show(stack, "gap after its push, and what its change moves", figures)
+    assert {group: pair for group, pair in figures.items() if pair[0] > stack.tolerance} == {}
+    assert {group: pair for group, pair in figures.items() if pair[1] < SEEN_BY[stack.dtype]} == {}
 
 
 def test_a_broadcast_brings_the_same(stack: Stack) -> None:
@@ -115,19 +142,18 @@ def test_of_an_adapter_the_factors_are_enough(stack: Stack) -> None:
     assert sent < sum(parameter.numel() for parameter in learner.policy.model.parameters()) / 3
     base = Learner(ModelConfig(path=stack.path, dtype=stack.dtype), LearnerConfig())
     stack.push(base, 59)
-    for version, strength in ((60, 1.0), (61, 2.0)):  # the second is added to the base, not to the first
+    first = {"float32": 1.0, "bfloat16": 3.0}[stack.dtype]
+    for version, strength in ((60, first), (61, 1.5)):  # the second is added to the base, not to the first
         with torch.no_grad():
             for parameter in learner.parameters().values():
                 parameter.mul_(strength)
         stack.push(learner, version)
         assert Gap.between(base.score_tokens(SEQUENCES), learner.score_tokens(SEQUENCES)).median > 3 * stack.tolerance
         assert stack.gap(learner).median <= stack.tolerance
-    for group, names in tensor_groups(learner.weight_names()).items():
-        learner.change_weights(names, "noise", 1)
-        stack.push(learner, 62)
-        gap = stack.gap(learner)
-        learner.restore_weights()
-        assert gap.median <= 2 * stack.tolerance, group
+    figures = stack.push_group_by_group(learner, 62)
+    show(stack, "adapter: gap after its push, and what its change moves", figures)
+    assert {group: pair for group, pair in figures.items() if pair[0] > stack.tolerance} == {}
+    assert {group: pair for group, pair in figures.items() if pair[1] < SEEN_BY[stack.dtype]} == {}
 
 
 def test_what_does_not_fit_changes_nothing(stack: Stack, tmp_path: Path) -> None:
@@ -152,30 +178,57 @@ def test_what_does_not_fit_changes_nothing(stack: Stack, tmp_path: Path) -> None
 
 
 def test_tokens_drawn_after_a_switch_are_the_new_weights_with_their_own_keys(stack: Stack) -> None:
+    """Before the switch all tokens are the old weights', after it the new ones'; a single key kept from the old would
+    show in every token after it.
+
+    Sixteen clients ask again and again until they meet the new weights, so some are in the middle of an answer whenever
+    those come, however fast the server is.
+    """
     old, new = stack.learner(5), stack.learner(6)
     stack.push(old, 80)
-    prompt, length = SEQUENCES[0][:20], 480
 
-    async def switched() -> list[GenerateResult]:
-        requests = [ask(prompt, length=length, seed=seed, sampling=SamplingSettings(1.0)) for seed in range(16)]
-        tasks = [asyncio.create_task(stack.engine.generate(request)) for request in requests]
-        await until_at_server(stack.engine, lambda number: number == len(tasks))
+    async def meet_new_weights(number: int) -> tuple[tuple[int, ...], GenerateResult]:
+        prompt = SEQUENCES[number % len(SEQUENCES)][number : number + 16]
+        for seed in itertools.count(number):
+            length = CAPACITY - 16 - 20 * number
+            result = await stack.engine.generate(ask(prompt, length=length, seed=seed, sampling=SamplingSettings(1.0)))
+            assert len(result.token_ids) == length
+            if result.spans[-1].policy_version == 81:
+                return prompt, result
+        raise AssertionError
+
+    async def switched() -> list[tuple[tuple[int, ...], GenerateResult]]:
+        drawn = await tokens_drawn(stack.engine)
+        clients = [asyncio.create_task(meet_new_weights(number)) for number in range(16)]
+        await until_drawn(stack.engine, drawn + 3 * len(clients))
         await publish_async(new, stack.engine, 81, transport="file")
-        return await asyncio.gather(*tasks)
+        return await asyncio.gather(*clients)
 
-    halves = [result for result in asyncio.run(switched()) if len(result.spans) == 2]
-    assert halves, "no request was under way when the weights changed"
-    for result in halves:
-        tokens = (*prompt, *result.token_ids)
-        start = len(prompt) - 1
-        for span, version, learner in zip(result.spans, (80, 81), (old, new), strict=True):
-            scored = learner.score_tokens([tokens])[0][start : start + len(span.token_ids)]
-            gap = Gap.between((scored,), (span.logprobs,))
-            assert span.policy_version == version
-            assert gap.median <= stack.tolerance
-            # A single key made by the old weights would show in every token after it.
-            assert gap.max <= (1e-4 if stack.dtype == "float32" and "moe" not in stack.preset else 10)
-            start += len(span.token_ids)
+    met = asyncio.run(switched())
+    assert {tuple(span.policy_version for span in result.spans) for _, result in met} <= {(80, 81), (81,)}
+    halved = [(prompt, result) for prompt, result in met if len(result.spans) == 2]
+    assert len(halved) >= 4
+    results = [result for _, result in halved]
+    sequences = [(*prompt, *result.token_ids) for prompt, result in halved]
+    starts = [(15, 15 + len(result.spans[0].token_ids)) for result in results]
+    apart = {}
+    for name, learner in (("old", old), ("new", new)):
+        scores = learner.score_tokens(sequences)
+        for number, half in enumerate(("before", "after")):
+            told = [result.spans[number].logprobs for result in results]
+            scored = [row[start[number] :][: len(one)] for row, start, one in zip(scores, starts, told, strict=True)]
+            gaps = (torch.tensor(sum(scored, ())) - torch.tensor(sum(told, ()))).abs()
+            apart[f"{half}, {name} weights"] = gaps
+    show(stack, "mean, median, 99 %, largest, tokens", {name: spread(gaps) for name, gaps in apart.items()})
+    for right, wrong in (("before, old", "before, new"), ("after, new", "after, old")):
+        gaps = apart[f"{right} weights"]
+        assert gaps.median() <= stack.tolerance
+        assert gaps.quantile(0.98) <= NEARLY_ALL[stack.dtype]
+        assert apart[f"{wrong} weights"].median() > 4 * stack.tolerance
+
+
+def spread(gaps: torch.Tensor) -> tuple[float, ...]:
+    return (*map(float, (gaps.mean(), gaps.median(), gaps.quantile(0.99), gaps.max())), len(gaps))
 
 
 class StockReload:
@@ -212,7 +265,25 @@ def test_the_check_names_what_the_stock_reload_leaves_stale(stack: Stack, tmp_pa
     with pytest.raises(StaleWeightsError) as caught:
         asyncio.run(pushed_and_checked())
     print(stack.preset, stack.dtype, caught.value.gap, caught.value.groups)
-    assert set(caught.value.groups) >= STALE_BY_RELOAD[stack.preset]
-    assert not set(caught.value.groups) & {"attention.q_proj", "attention.o_proj", "mlp.up_proj", "input_layernorm"}
+    assert set(caught.value.groups) == STALE_BY_RELOAD[stack.preset]
     stack.push(learner, 92)  # Keel's own path mends it
     assert stack.gap(learner).median <= stack.tolerance
+
+
+def test_the_stock_reload_of_a_dense_model_with_a_head_of_its_own_is_right(
+    one_engine: OneEngine, vllm_python: str, vllm_model: Callable[..., str], tmp_path: Path
+) -> None:
+    """The one of these models that vLLM's own reload brings whole, so the check names nothing."""
+    one_engine.close()
+    path = vllm_model("qwen3", tie_word_embeddings=False)
+    engines = OneEngine(vllm_python, lambda _: path, tmp_path)
+    stack = Stack("qwen3", "float32", path, engines("qwen3"))
+    try:
+        learner = stack.learner(7)
+        assert "lm_head.weight" in learner.weight_names()
+        assert stack.gap(learner).median > 3 * stack.tolerance
+        asyncio.run(publish_async(learner, StockReload(stack, learner, tmp_path), 1, transport="file"))
+        show(stack, "untied, after the stock reload", {"gap": (stack.gap(learner).median, stack.gap(learner).max)})
+        assert stack.gap(learner).median <= stack.tolerance
+    finally:
+        engines.close()
