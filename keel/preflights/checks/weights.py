@@ -56,8 +56,11 @@ def check_weights(context: Context) -> Iterator[Check]:
     left: dict[str, float] = {}
     version = stack.engine.health().policy_version
     noise = context.noise().threshold
-    start = _by_engine(context, sequences)
     before = _by_trainer(context, sequences)
+    agreed = _mean_gap(before, _by_engine(context, sequences)) <= noise
+    version += 1
+    _push(context, sender, version)  # as a run begins: what is late, or kept back, is so from then on
+    start = _by_engine(context, sequences)
     agrees = _mean_gap(before, start) <= noise
     for number, (group, names) in enumerate(groups.items()):
         if number and context.left_s <= 0:
@@ -76,10 +79,12 @@ def check_weights(context: Context) -> Iterator[Check]:
         elif (gap > max(FOLLOWS * effect, noise)) if agrees else (moved < MOVES * effect):
             stale.append(group)
     version += 1
-    stack.engine.publish(_versioned(sender, version), version)
+    _push(context, sender, version)
     back = _mean_gap(start, _by_engine(context, sequences))
     problem = f"pushed and not followed: {', '.join(stale)}" if stale else ""
-    if not problem and back > noise:
+    if not problem and agreed and not agrees:
+        problem = f"a push of the very same weights leaves a gap of {_mean_gap(before, start):.2g} nats"
+    elif not problem and back > noise:
         problem = f"after the old weights were pushed back, a gap of {back:.2g} nats is left"
     seen = len(groups) - len(unseen)
     follows_none = len(stale) > 1 and len(stale) == seen
@@ -125,17 +130,17 @@ def _pushed(
     """What the change at hand does to the trainer's log-probs (`before` without it), the gap that is left once it is
     pushed, and what it does to the engine's (`start` without it)."""
     after = _by_trainer(context, sequences)
-    try:
-        context.stack.engine.publish(_versioned(sender, version), version)
-    except Fault as error:
-        raise SkippedError(f"the engine refuses a push: {error}") from error
+    _push(context, sender, version)
     answered = _by_engine(context, sequences)
     return _mean_gap(before, after), _mean_gap(after, answered), _mean_gap(start, answered)
 
 
-def _versioned(sender: Sender, version: int) -> Sender:
+def _push(context: Context, sender: Sender, version: int) -> None:
     sender.version = version
-    return sender
+    try:
+        context.stack.engine.publish(sender, version)
+    except Fault as error:
+        raise SkippedError(f"the engine refuses a push: {error}") from error
 
 
 @contextmanager
