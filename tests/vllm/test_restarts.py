@@ -94,18 +94,23 @@ class Killer:
         return self.due.pop(0) if self._calls[method, self.version] >= self.due[0].number else None
 
     async def _during(self, death: Death, work: asyncio.Future[Any]) -> Any:
-        """Kill it while it draws; a push, which is over in a moment, finds its workers held.
+        """Kill it while its workers are held: in the midst of their draws, or with a push before them.
 
-        A reply that came before its server could be held leaves the death to the next call.
+        A reply that came before they could be held leaves the death to the next call.
         """
         server = self.servers[-1]
         family = psutil.Process(server.pid).children(recursive=True)
-        while death.method == "generate" and not work.done() and not await asyncio.to_thread(drawing_for, server):
-            pass
-        for process in family:
-            process.suspend()
-        for _ in range(3):  # each is answered after the call has been sent
-            death.running = await asyncio.to_thread(drawing_for, server)
+        drawing = death.method == "generate"
+        while True:
+            for process in family:
+                process.suspend()
+            for _ in range(3):  # each is answered after the call has been sent, and what was drawn before has come
+                death.running = await asyncio.to_thread(drawing_for, server)
+            if work.done() or death.running or not drawing:
+                break
+            for process in family:
+                process.resume()
+            await asyncio.sleep(0.01)  # some tokens' time
         if work.done():
             self.due.insert(0, death)
             for process in family:
