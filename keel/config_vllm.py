@@ -15,9 +15,22 @@ if TYPE_CHECKING:
 SET_BY_KEEL = (
     *("--model", "--served-model-name", "--host", "--port", "--uds", "--api-key", "--dtype", "--max-model-len"),
     *("--max-num-seqs", "--enable-chunked-prefill", "--logprobs-mode", "--max-logprobs", "--generation-config"),
-    *("--tensor-parallel-size", "--worker-extension-cls", "--hf-overrides", "--kv-cache-memory-bytes"),
-    "--enforce-eager",
+    *("--tensor-parallel-size", "-tp", "--worker-extension-cls", "--hf-overrides", "--kv-cache-memory-bytes"),
+    *("--enforce-eager", "--enable-scale-out", "--skip-tokenizer-init", "--enable-prompt-tokens-details"),
 )
+UNFIT = {
+    "--config": "a file of arguments could set what Keel sets",
+    "--data-parallel-size": "weights reach one copy of the model",
+    "-dp": "weights reach one copy of the model",
+    "--enable-lora": "an adapter of the server's would be over the weights that are pushed",
+    "--logits-processors": "log-probs would be those of another distribution",
+    "--speculative-config": "a draft model would not follow the weights that are pushed",
+    "-sc": "a draft model would not follow the weights that are pushed",
+    "--spec-method": "a draft model would not follow the weights that are pushed",
+    "--spec-model": "a draft model would not follow the weights that are pushed",
+}
+"""Arguments that a server of Keel's cannot have, and why."""
+LEAVE_OUT = "leave it out, or attach to a server by url"
 VARIABLES_SET_BY_KEEL = ("PYTHONPATH", "VLLM_SERVER_DEV_MODE")
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0
 """vLLM takes a temperature between 0 and the first for the first, and refuses what is above the second."""
@@ -56,9 +69,10 @@ class VllmConfig(Section):
     @classmethod
     def _leave_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for argument in value:
-            flag = argument.split("=")[0].replace("_", "-")
-            if flag in SET_BY_KEEL or flag.replace("--no-", "--", 1) in SET_BY_KEEL:
-                raise ValueError(f"{argument.split('=')[0]} is set by Keel; leave it out, or attach to a server by url")
+            if ours := _meant(argument, SET_BY_KEEL):
+                raise ValueError(f"{argument!r} is {ours} or short for it, and {ours} is set by Keel; {LEAVE_OUT}")
+            if unfit := _meant(argument, tuple(UNFIT)):
+                raise ValueError(f"{argument!r} is {unfit} or short for it: {UNFIT[unfit]}; {LEAVE_OUT}")
         return value
 
     @field_validator("environment")
@@ -66,8 +80,24 @@ class VllmConfig(Section):
     def _leave_our_variables(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if name in VARIABLES_SET_BY_KEEL:
-                raise ValueError(f"{name} is set by Keel; leave it out, or attach to a server by url")
+                raise ValueError(f"{name} is set by Keel; {LEAVE_OUT}")
         return value
+
+
+def _meant(argument: str, flags: tuple[str, ...]) -> str:
+    """The one of `flags` that the server's command line may take `argument` for, "" if none.
+
+    It takes a beginning for the whole, "_" for "-", "--no-" before a switch, and "." before a field of a value.
+    """
+    given = argument.partition("=")[0].partition(".")[0]
+    if not given.startswith("-") or given == "-":
+        return ""
+    given = given.replace("_", "-")
+    for flag in flags:
+        spellings = (flag, flag.replace("--", "--no-", 1)) if flag.startswith("--") else (flag,)
+        if any(spelling.startswith(given) for spelling in spellings):
+            return flag
+    return ""
 
 
 def refuse_with_vllm(config: TrainConfig, refuse: Callable[[bool, tuple[str, ...], str, str], None]) -> None:

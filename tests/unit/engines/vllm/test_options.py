@@ -54,3 +54,24 @@ def test_a_possible_one_is_taken(given: dict[str, Any]) -> None:
 
 def test_other_engines_are_left_alone() -> None:
     assert TrainConfig.model_validate({"rollout": {"temperature": 2.5}}).rollout.temperature == 2.5
+
+
+WALKED_AROUND = """
+--hos --hos=0.0.0.0 --logprobs-mod=raw_logprobs --logprobs_mod=raw_logprobs --no-enf --no-enable -tp -tp=2 -t --config
+--conf --no-enable-scale-out --no_enable_scale_out --no-skip-tok --hf-overrides.layers --hf_overrides.layers=1
+--data-parallel-size --data_parallel -dp --enable-lora --enable_lo --logits-processors --logits_proc=a.B
+--speculative-config -sc --speculative_config.method=ngram --spec-model --
+"""
+
+
+@pytest.mark.parametrize("argument", WALKED_AROUND.split())
+def test_what_keel_sets_is_not_set_by_a_shorter_or_another_name(argument: str) -> None:
+    with pytest.raises(ValidationError, match=r"short for.*leave it out, or attach to a server by url") as caught:
+        make(vllm={"args": [argument, "2"]})
+    assert repr(argument) in str(caught.value)
+
+
+def test_other_arguments_are_passed_on() -> None:
+    short = ("--block-size", "32", "--seed", "-1", "--max-num-batched-tokens=4096", "-q", "fp8")
+    longer = ("--model-impl", "vllm", "--config-format=hf", "--enable-sleep-mode", "--compilation-config.mode=0")
+    assert make(vllm={"args": short + longer}).engine.vllm.args == short + longer
