@@ -80,7 +80,7 @@ def options(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def median(rows: list[dict[str, Any]], name: str) -> float:
     """The median of a metric over the rows that have it."""
-    return statistics.median(row[name] for row in rows if row.get(name) is not None)
+    return float(statistics.median(row[name] for row in rows if row.get(name) is not None))
 
 
 def version_in(log: Path) -> str:
