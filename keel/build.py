@@ -43,6 +43,8 @@ from keel.learner.base import LearnerLike
 from keel.learner.checkpoint import checkpoint_to_resume, prune
 from keel.learner.group import LearnerGroup
 from keel.learner.learner import Learner
+from keel.monitor.apart import EngineApart
+from keel.monitor.bands import MISMATCH, bands
 from keel.monitor.planted import PlantedFaults
 from keel.monitor.progress import ChildProcess, Progress, Watched
 from keel.monitor.rules import Monitor, make_monitor
@@ -225,7 +227,7 @@ def assemble(
         frees = frees_cache(config, device)
         publisher = make_publisher(config, model, loop)
         planted = planted_metrics(config.engine.distortions, config.learner.distortions)
-        monitor = make_monitor(config.monitor, [PlantedFaults()] if planted else [])
+        monitor = make_monitor(config.monitor, [EngineApart(bands(config)[MISMATCH]), PlantedFaults()])
         consistency = Consistency(config.monitor, tokenizer.decode)
         told = (frees, planted, identity)
         yield Parts(learner, engine, collector, sources, monitor, consistency, publisher, loop, device, *told)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import keel
 from keel.config import TrainConfig
 from keel.export_push import HUB_ID
+from keel.monitor.bands import bands
 from keel.monitor.printable import one_line
 from keel.report import invariants
-from keel.report.bands import bands
 from keel.report.plain import number
 from keel.report.source import step_rows
 from keel.runs import Run

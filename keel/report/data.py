@@ -34,7 +34,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keel.report import bands, findings, invariants, verdict
+from keel.monitor import bands
+from keel.report import findings, invariants, verdict
 from keel.report.plain import cut, number, to_json, without_secrets
 from keel.report.sampling import MAX_STEPS, Page
 from keel.report.series import columns

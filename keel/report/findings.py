@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
-from keel.report.bands import MISMATCH, Band
+from keel.monitor.bands import MISMATCH, Band
 from keel.report.plain import cut, number
 from keel.report.source import REINFORCEMENT
 

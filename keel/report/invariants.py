@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keel.report.bands import MISMATCH, Band
+from keel.monitor.bands import MISMATCH, Band
 from keel.report.plain import number
 from keel.runs import Run
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from keel.report.bands import MISMATCH
+from keel.monitor.bands import MISMATCH
 from keel.report.choice import OUTLIER_NATS, Candidate, candidates, choose
 from keel.report.episodes import Json, RecordedStep, read_step, step_json, task_text, trajectory_json
 from keel.report.plain import number, to_json

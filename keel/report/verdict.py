@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from keel.report.bands import MISMATCH
+from keel.monitor.bands import MISMATCH
 from keel.report.difference import success_difference
 from keel.report.findings import SOLVED, Finding
 from keel.report.plain import cut, number, without_secrets

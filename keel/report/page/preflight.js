@@ -107,19 +107,6 @@ function positionFigure(data) {
   );
 }
 
-function layersFigure(data) {
-  if (!data.layers.some((value) => typeof value === "number")) return null;
-  return figureOf(
-    "Layer by layer", "relative difference",
-    "Relative difference of the hidden states of engine and learner after each layer.",
-    "The first layer that stands out is where the two part.",
-    () => [{ type: "bar", x: data.layers.map((_, at) => at), y: data.layers, hoverinfo: "skip",
-      marker: { color: styleOf("--high") } }],
-    () => ({ xaxis: plotAxis({ dtick: Math.max(1, Math.ceil(data.layers.length / 12)), title: { text: "layer" } }),
-      yaxis: plotAxis({ rangemode: "tozero", exponentformat: "power" }) }),
-  );
-}
-
 function verdictOf(data) {
   const level = own(STATUS_KIND, data.verdict) || "warn";
   const counts = STATUS_ORDER.map((status) => [status, data.checks.filter((one) => one.status === status).length]);
@@ -204,16 +191,15 @@ function startPreflight() {
     ([name, value]) => el("span", { class: "fact" }, `${name} `, foreign(value, { limit: 70, more: false }))));
   const sampled = data.sample && data.sample.engine.length > 0;
   const figures = sampled ? [histogramFigure(data), scatterFigure(data), positionFigure(data)] : [];
-  const layers = layersFigure(data);
   replace(document.getElementById("view-preflight"),
     verdictOf(data),
     sampled ? el("div", { class: "gap-plots" }, figures.map((one) => one.node)) : null,
     el("div", { class: "blame-grid" }, blamePanel(data), gapPanel(data)),
     checksPanel(data),
-    sampled || layers ? el("div", { class: "blame-grid" }, sampled ? worstOfSample(data) : null, layers?.node) : null,
-    el("div", { class: "blame-grid" }, pairsPanel("The stack", data.stack), pairsPanel("Versions", data.versions)));
-  const drawn = layers ? [...figures, layers] : figures;
-  const draw = () => { for (const one of drawn) one.draw(); };
+    el("div", { class: "blame-grid" },
+      sampled ? worstOfSample(data) : null,
+      el("div", { class: "stacked" }, pairsPanel("The stack", data.stack), pairsPanel("Versions", data.versions))));
+  const draw = () => { for (const one of figures) one.draw(); };
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from keel.config import TrainConfig
-from keel.report.bands import MISMATCH, bands
+from keel.monitor.bands import MISMATCH, bands
 from keel.report.findings import find
 
 FLOAT32 = bands(TrainConfig())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import shutil
 
 from keel.config import TrainConfig
-from keel.report.bands import bands
+from keel.monitor.bands import bands
 from keel.report.invariants import from_rows, no_failed_world_is_zero, records_whole
 from keel.runs import load_run
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from keel.config import TrainConfig
-from keel.report.bands import bands
+from keel.monitor.bands import bands
 from keel.report.difference import Estimate, difference
 from keel.report.findings import find
 from keel.report.verdict import CLIP_NOTE, LOSS_NOTE, Ending, notes, verdict

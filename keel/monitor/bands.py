@@ -1,4 +1,4 @@
-"""Where a metric lies on a healthy stack: what the page shades, and what the verdict measures against."""
+"""Where a metric lies on a healthy stack: what a run warns at, its report shades and its verdict measures against."""
 
 from __future__ import annotations
 
