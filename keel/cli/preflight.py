@@ -18,6 +18,8 @@ from keel import config_load
 from keel.causes import CAUSES
 from keel.cli.arguments import EXIT_CHECK, Sets, can_be_written
 from keel.monitor.printable import one_line
+from keel.preflights.result import headline
+from keel.report.plain import plain
 from keel.types import SamplingSettings
 
 if TYPE_CHECKING:
@@ -26,11 +28,6 @@ if TYPE_CHECKING:
 WIDTH = 120
 """Columns where the output is no terminal and COLUMNS is not set."""
 STYLES = {"pass": "green", "warn": "bold yellow", "fail": "bold red", "skip": "dim"}
-VERDICTS = {
-    "pass": "fit for on-policy training: nothing was found that would set learner and engine apart",
-    "warn": "fit, with a reservation: see what warns",
-    "fail": "not fit for on-policy training as it is: mend what failed",
-}
 
 
 def preflight(  # noqa: PLR0913, PLR0917 (a command's options are its arguments)
@@ -87,7 +84,7 @@ def preflight(  # noqa: PLR0913, PLR0917 (a command's options are its arguments)
         )
     print_result(result, _console())
     if json_file is not None:
-        json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(plain(result.to_json()), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if page_file is not None:
         from keel.preflights.page import write_page
 
@@ -143,7 +140,8 @@ def print_result(result: PreflightResult, console: Console) -> None:
         console.print(attribution_table(result.attribution))
     console.print()
     verdict = result.verdict
-    console.print(Text(f"{verdict}: {VERDICTS[verdict]} ({result.duration_s:.0f} s)", style=STYLES[verdict]))
+    told = one_line(headline(result), limit=600)
+    console.print(Text(f"{verdict}: {told} ({result.duration_s:.0f} s)", style=STYLES[verdict]))
 
 
 def attribution_table(attribution: tuple[Attribution, ...]) -> Table:

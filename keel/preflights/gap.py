@@ -2,7 +2,8 @@
 
 The noise is measured, not assumed: the model in plain `transformers` in the stack's own type against a higher
 precision, on the very tokens that were drawn. Where a router's near-tie falls differently in float32, what comes after
-it in the sequence is left out of the judged mean (and counted): it is an outlier of rounding, whatever its size.
+it in the sequence is left out of the judged mean (and counted): it is an outlier of rounding, whatever its size. That
+excuse is good for a few tokens only: where the reference has not as many outliers of its own, all of them count.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ NEAR_TIE = {"float64": 1e-5, "float32": 1e-4}
 """Router logits closer than this may order differently in another, equally right, order of summation."""
 FINER_EVERY = 3
 """Every so many sequences are computed in float64, which takes twice as long: rounding is alike in all."""
+OUTLIER = 20.0
+"""Times the noise from which on a token is an outlier."""
+EXCUSED_SHARE = 0.1
+"""Of all drawn tokens, those that near-ties may excuse; more if the reference itself has more outliers."""
 MAX_SAMPLE = 4000
 
 
@@ -45,6 +50,7 @@ class Noise:
     near_ties: Bools
     against: str
     exact: Floats  # [num_drawn] log-probs of the drawn tokens by the reference, NaN where it has none
+    excused_share: float = EXCUSED_SHARE
 
     @property
     def threshold(self) -> float:
@@ -95,6 +101,7 @@ def measure_noise(stack: Stack, data: ProbeData, reference: Reference) -> Noise:
         near,
         against,
         exact.astype(np.float32),
+        max(EXCUSED_SHARE, 2 * float((gap > OUTLIER * np.median(gap)).mean()) if near.any() and known else 0.0),
     )
 
 
@@ -119,10 +126,15 @@ def judged_gap(data: ProbeData, noise: Noise) -> GapFigures:
 
 
 def judged_mean(gap: npt.NDArray[np.float64], noise: Noise) -> tuple[float, int]:
-    """Mean of `gap [num_drawn]` without the outliers that a near-tie explains, and how many those are."""
-    left_out = (gap > 20 * noise.mean) & noise.near_ties
-    kept = gap[~left_out]
-    return (float(kept.mean()) if kept.size else 0.0), int(left_out.sum())
+    """Mean of `gap [num_drawn]` without the outliers that a near-tie explains, and how many those are.
+
+    Where near-ties are everywhere (many layers, many experts) they would excuse anything: outliers beyond
+    `excused_share` of the tokens are no accident, and then none is left out.
+    """
+    left_out = (gap > OUTLIER * noise.mean) & noise.near_ties
+    if left_out.mean() > noise.excused_share:
+        return float(gap.mean()), 0
+    return float(gap[~left_out].mean()), int(left_out.sum())
 
 
 def gap_sample(stack: Stack, data: ProbeData) -> GapSample:

@@ -9,7 +9,7 @@ from typing import Any
 
 from keel.causes import CAUSES
 from keel.monitor.rows import write_text
-from keel.preflights.result import Attribution, Check, GapSample, PreflightResult
+from keel.preflights.result import Attribution, Check, GapSample, PreflightResult, headline
 from keel.report.plain import number, plain, to_json, without_secrets
 from keel.report.write import page
 
@@ -39,34 +39,9 @@ def page_data(result: PreflightResult) -> dict[str, Any]:
         "gap": {name: number(value) for name, value in result.gap.items()},
         "noise": None if result.noise is None else number(result.noise),
         "sample": None if result.sample is None else _sample(result.sample),
-        "layers": [number(value) for value in result.layers],
         "duration_s": number(result.duration_s),
         "versions": [[str(name), _shown(value)] for name, value in result.versions.items()],
     }
-
-
-def headline(result: PreflightResult) -> str:
-    """The verdict as a sentence or two: fit or not, and the likeliest reason."""
-    named = [each for each in result.attribution if each.cause in CAUSES]
-    reasons = "; ".join(_because(each) for each in named[:3])
-    because = f" Likely reason: {reasons}." if reasons else ""
-    failed = [check for check in result.checks if check.status == "fail"]
-    warned = [check for check in result.checks if check.status == "warn"]
-    if failed:
-        also = f" {len(failed)} of {len(result.checks)} checks failed, first: {failed[0].title.lower()}."
-        return f"Not fit for on-policy training.{because or also}"
-    if warned:
-        return f"Fit with reservations: {warned[0].reason.rstrip('.')}.{because}"
-    passed = sum(check.status == "pass" for check in result.checks)
-    skipped = sum(check.status == "skip" for check in result.checks)
-    left = f"; {skipped} could not be asked" if skipped else ""
-    return f"Fit for on-policy training: {passed} checks passed{left}."
-
-
-def _because(each: Attribution) -> str:
-    side = f" in the {each.side}" if each.side else ""
-    share = f", which explains {100 * each.explained:.0f} % of the gap" if math.isfinite(each.explained) else ""
-    return f"{CAUSES[each.cause].title}{side}{share}"
 
 
 def _shown(value: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from keel.causes import Side
+from keel.causes import CAUSES, Side
 
 Status = Literal["pass", "warn", "fail", "skip"]
 SCHEMA_VERSION = 1
@@ -74,8 +75,7 @@ class PreflightResult:
 
     `stack` describes what was checked (model, engine, attention, dtype, sampling, device); `gap` holds statistics of
     the per-token gap by name (`abs_mean`, `abs_p50`, `abs_p99`, `abs_max`, `k1`, `k3`, ...), `noise` the level that
-    healthy rounding alone would give. `layers` is the relative difference of hidden states per layer, where the engine
-    can return them.
+    healthy rounding alone would give.
     """
 
     stack: Mapping[str, Any]
@@ -84,7 +84,6 @@ class PreflightResult:
     gap: Mapping[str, float] = field(default_factory=dict)
     noise: float | None = None
     sample: GapSample | None = None
-    layers: tuple[float, ...] = ()
     duration_s: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -120,7 +119,30 @@ class PreflightResult:
                 **values,
                 "checks": tuple(Check(**each) for each in values["checks"]),
                 "attribution": tuple(Attribution(**each) for each in values["attribution"]),
-                "layers": tuple(values["layers"]),
                 "sample": GapSample(**tuples) if sample is not None else None,
             }
         )
+
+
+def headline(result: PreflightResult) -> str:
+    """The verdict as a sentence or two: fit or not, and the likeliest reason."""
+    named = [each for each in result.attribution if each.cause in CAUSES]
+    reasons = "; ".join(_because(each) for each in named[:3])
+    because = f" Likely reason: {reasons}." if reasons else ""
+    failed = [check for check in result.checks if check.status == "fail"]
+    warned = [check for check in result.checks if check.status == "warn"]
+    if failed:
+        also = f" {len(failed)} of {len(result.checks)} checks failed, first: {failed[0].title.lower()}."
+        return f"Not fit for on-policy training.{because or also}"
+    if warned:
+        return f"Fit with reservations: {warned[0].reason.rstrip('.')}.{because}"
+    passed = sum(check.status == "pass" for check in result.checks)
+    skipped = sum(check.status == "skip" for check in result.checks)
+    left = f"; {skipped} could not be asked" if skipped else ""
+    return f"Fit for on-policy training: {passed} checks passed{left}."
+
+
+def _because(each: Attribution) -> str:
+    side = f" in the {each.side}" if each.side else ""
+    share = f", which explains {100 * each.explained:.0f} % of the gap" if math.isfinite(each.explained) else ""
+    return f"{CAUSES[each.cause].title}{side}{share}"

@@ -26,6 +26,8 @@ Tell = Callable[[str], None]
 ATTRIBUTION_SHARE = 0.8
 """What naming the cause may take, in processor time, of the time budget; what the checks took is not taken off, so that
 the cause that is named does not depend on how busy the machine is."""
+WITHOUT_EFFECT = {"attention.sinks": "sinks_dropped"}
+"""Tensor groups that do nothing under a cause: that no push of them shows is that cause's doing, and no other."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "vllm")
 
 
@@ -44,8 +46,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question("prefix", "later turns only add tokens", text.check_prefix),
     Question("stop_tokens", "stop tokens are known to all", text.check_stop_tokens),
     Question("memory", "the plan fits the memory that is there", trainer.check_memory),
-    Question("sinks", "attention sinks are there, used and learned", attention.check_sinks),
-    Question("windows", "every layer sees its window, and no more", attention.check_windows),
+    Question("sinks", "attention sinks are used and learned by the trainer", attention.check_sinks),
+    Question("windows", "every layer of the trainer sees its window, and no more", attention.check_windows),
     Question("attention", "attention equals its dense twin", attention.check_attention),
     Question("attention_backends", "every attention kernel that could be used agrees", attention.check_backends),
     Question("experts", "experts equal a plain loop over experts", trainer.check_experts),
@@ -172,14 +174,16 @@ def _explained(context: Context, facts: Mapping[str, Any]) -> tuple[tuple[Attrib
 
 def told_by_checks(checks: Iterable[Check], known: Iterable[Attribution]) -> Iterator[Attribution]:
     """Causes that a check names by itself, where the gap of the probes does not show them: old weights, say."""
+    known = tuple(known)
     named = {(each.cause, each.group) for each in known}
+    causes = {each.cause for each in known if each.side == "engine"}
     for each in checks:
         cause = str(each.details.get("cause", ""))
         if not cause:
             continue
         groups = each.details.get("stale", []) if cause == "stale_tensor_group" else [""]
         for group in groups:
-            if (cause, group) not in named:
+            if (cause, group) not in named and WITHOUT_EFFECT.get(group) not in causes:
                 yield Attribution(cause, "engine", 1.0, each.figure or 0.0, 0.0, group=group, text=each.reason)
 
 

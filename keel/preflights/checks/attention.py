@@ -121,7 +121,7 @@ def check_sinks(context: Context) -> Iterator[Check]:
     stack = context.stack
     expected = stack.trainer.info.model_type == "gpt_oss"
     sinks = {name: p for name, p in stack.trainer.model.named_parameters() if name.endswith("sinks")}
-    title = "attention sinks are there, used and learned"
+    title = "attention sinks are used and learned by the trainer"
     if not sinks and not expected:
         raise SkippedError(f"{stack.trainer.info.model_type} has no attention sinks")
     if not sinks:
@@ -182,7 +182,7 @@ def check_windows(context: Context) -> Iterator[Check]:
     kinds = ", ".join(sorted({"full" if window is None else f"window {window}" for window in windows}))
     yield check(
         "windows",
-        "every layer sees its window, and no more",
+        "every layer of the trainer sees its window, and no more",
         "fail" if faults else "pass",
         "; ".join(faults[:3])
         or f"{tried} tokens at the edges of {len(calls)} layers ({kinds}) are seen or not, rightly",

@@ -29,7 +29,7 @@ def test_every_check_is_shown_with_figure_threshold_reason_and_fix():
     row = next(line for line in told.splitlines() if "they agree" in line)
     assert row.split() == ["fail", "they", "agree", "0.25", "nats", "3e-06", "they", "do", "not"]
     assert "what to do: mend it" in told
-    assert "not fit for on-policy training" in told
+    assert "Not fit for on-policy training" in told
     assert "abs_mean 0.25" in told
     assert "40 tokens" in told
 
@@ -53,7 +53,7 @@ def test_text_from_elsewhere_is_neither_markup_nor_an_escape_nor_a_line(where):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [("pass", "fit for"), ("warn", "with a reservation"), ("skip", "fit for")]
+    ("status", "words"), [("pass", "pass: Fit for"), ("warn", "warn: Fit with reservations"), ("skip", "pass: Fit for")]
 )
 def test_the_verdict_is_the_last_line(status, words):
     assert words in printed(result_with(Check("gap", "t", status, "r"))).rstrip().splitlines()[-1]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from keel.preflights.page import MAX_DRAWN, headline, page_data, write_page
-from keel.preflights.result import Attribution, Check, GapSample, PreflightResult
+from keel.preflights.page import MAX_DRAWN, page_data, write_page
+from keel.preflights.result import Attribution, Check, GapSample, PreflightResult, headline
 from tests.hostile import SMALL
 
 PASSED = Check("rendering", "Rendering round trips", "pass", "24 of 24 came back")
@@ -33,7 +33,7 @@ def result(**changes: object) -> PreflightResult:
 
 
 def test_a_result_is_itself_again_after_json() -> None:
-    made = result(layers=(0.1, 0.2), versions={"torch": "2"})
+    made = result(versions={"torch": "2"})
     assert PreflightResult.from_json(json.loads(json.dumps(made.to_json()))) == made
     with pytest.raises(ValueError, match="schema version 7"):
         PreflightResult.from_json({**made.to_json(), "schema_version": 7})
