@@ -112,13 +112,19 @@ class WeightCheck:
         self._least, self._most = BOUNDS[dtype]
         self._may_perturb = may_perturb
         self._baseline: float | None = None
+        self._all_arrived = False  # at a check whose gap no group explained
 
     @property
     def tolerance(self) -> float:
-        """Largest median of the absolute differences that is taken for rounding."""
+        """Largest median of the absolute differences that is taken for rounding.
+
+        A stack that was apart from the start does not widen it, until every group was seen to arrive: else the first
+        fault would hide the second.
+        """
         if self._baseline is None:
             return self._most
-        return max(self._least, BASELINE_FACTOR * self._baseline)
+        usual = max(self._least, BASELINE_FACTOR * self._baseline)
+        return usual if self._all_arrived else min(usual, self._most)
 
     async def measure_baseline(self, learner: CheckedLearner, engine: CheckedEngine) -> None:
         """Call before the first push, where both sides have the same weights: what differs now is no push's fault.
@@ -176,6 +182,7 @@ class WeightCheck:
                     gap,
                 )
             logger.warning("%s. Every group of tensors arrives when it is changed, so weights are not the cause", told)
+            self._all_arrived = True
         if self._baseline is None or gap.median > tolerance:
             self._baseline = gap.median
         return {

@@ -183,6 +183,19 @@ def test_another_cause_is_warned_of_and_stops_nothing(
     assert "weights are not the cause" in caplog.text
 
 
+def test_a_stack_that_was_apart_from_the_start_hides_no_stale_weights(
+    paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, engine = pair(paths["gpt_oss"], "float32", deaf=("attention.q_proj",))
+    head = engine.policy.head  # wrong by more than the stale group alone makes
+    monkeypatch.setattr(
+        type(engine.policy), "logits", lambda self, hidden: 1.5 * torch.nn.functional.linear(hidden, head.weight)
+    )
+    with pytest.raises(StaleWeightsError) as raised:
+        check(learner, engine, "float32", noise=0.05)
+    assert raised.value.groups == ("attention.q_proj",)
+
+
 def test_tokens_are_fixed_cover_the_vocabulary_and_reach_past_the_window() -> None:
     sequences = check_sequences(num_tokens=512, vocab_size=200_000, window=128, capacity=1024)
     assert sequences == check_sequences(num_tokens=512, vocab_size=200_000, window=128, capacity=1024)
