@@ -204,11 +204,22 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     processor = sorted(row["cpu_s"] for row in ran)
     return found | {
         "by_cause": by_cause,
-        "healthy": {"cases": len(healthy), "alarms": [row["named"] for row in healthy if row["named"]]},
+        "misses": [_told_of(row) for row in counted if not row["found"]],
+        "named_besides": [_told_of(row) for row in counted if row["wrong"]],
+        "healthy": {
+            "cases": len(healthy),
+            "alarms": [_told_of(row) for row in healthy if row["named"] or row["failed"]],
+        },
         "not_counted": sum(not row["counts"] for row in ran),
         "errors": len(rows) - len(ran),
         "wall_s": {"median": durations[len(durations) // 2], "max": durations[-1]} if durations else {},
         "cpu_s": {"median": processor[len(processor) // 2], "max": processor[-1]} if processor else {},
+    }
+
+
+def _told_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("seed", "preset", "dtype", "side", "named", "failed")} | {
+        "planted": [each["cause"] for each in row["planted"]]
     }
 
 

@@ -108,6 +108,7 @@ PLANTED = [
     ("engine", "sinks_dropped", 1.0, ""),
     ("engine", "wrong_temperature", 0.3, ""),
     ("engine", "stale_tensor_group", 1.0, "attention.sinks"),
+    ("engine", "stale_version", 1, ""),
     ("learner", "window_off", 1.0, ""),
     ("learner", "shifted_logprobs", 1, ""),
 ]
@@ -122,6 +123,8 @@ def test_a_planted_fault_fails_and_is_named_with_its_side(side, cause, strength,
     named = next(each for each in result.attribution if each.cause == cause)
     assert named.side == side
     assert named.group == group
+    old_weights = {each for each in result.causes if each.startswith("stale_")}
+    assert old_weights <= {cause}  # what is pushed arrives, however wrong the log-probs are
 
 
 class Ending:

@@ -21,7 +21,9 @@ from keel.types import Fault
 FOLLOWS = 0.1
 """The engine follows a change if the gap left is at most this share of what the change did to the trainer."""
 MOVES = 0.3
-"""Where both sides differ before anything is pushed: it follows if its own log-probs change by this share of that."""
+"""Where both sides differ anyway: it follows if its own log-probs change by this share of that, or by more than noise.
+
+How much they change says nothing then: it is another model that is changed."""
 STRENGTHS = (0.2, 1.0)
 """Size of the random change against the tensor's own; the second where the first does not show above noise."""
 
@@ -76,7 +78,7 @@ def check_weights(context: Context) -> Iterator[Check]:
         left[group] = gap / max(effect, 1e-30)
         if effect <= 2 * noise:
             unseen.append(group)
-        elif (gap > max(FOLLOWS * effect, noise)) if agrees else (moved < MOVES * effect):
+        elif (gap > max(FOLLOWS * effect, noise)) if agrees else (moved < min(MOVES * effect, noise)):
             stale.append(group)
     version += 1
     _push(context, sender, version)
