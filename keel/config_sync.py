@@ -19,7 +19,7 @@ class SyncConfig(Section):
     check_every: int = Field(
         10,
         ge=0,
-        description="publishes between weight checks, the first one included: both sides score fixed tokens and must "
-        "agree; 0: never. Weights that are shared are not checked",
+        description="publishes between weight checks, besides one after the first update: both sides score fixed "
+        "tokens and must agree; 0: never. Weights that are shared are not checked",
     )
     check_tokens: int = Field(512, ge=64, description="tokens that a weight check scores")

@@ -68,15 +68,23 @@ class Publisher:
         async def push() -> None:
             await publish_async(learner, engine, version, transport=options.transport, host=options.host)
 
-        due = options.check_every > 0 and self._num_published % options.check_every == 0
-        due = due and not engine.capabilities().shares_weights
+        due = self._is_due() and not engine.capabilities().shares_weights
+        # Weights that the engine has already arrive whatever the push does: there is nothing to check, but to compare.
+        known = self._num_published == 0 and version == 0 and not self._attached
         if due and self._check is None:
             self._check = self._new_check(engine)
-            if version == 0 and not self._attached:
+            if known:
                 await self._check.measure_baseline(learner, engine)
         await push()
         self._num_published += 1
-        return await self._check.run(learner, engine, push) if due and self._check is not None else {}
+        if not due or known or self._check is None:
+            return {}
+        return await self._check.run(learner, engine, push)
+
+    def _is_due(self) -> bool:
+        """At the first two publishes, so that a short run is checked too, and every `check_every` from the start."""
+        every, number = self._options.check_every, self._num_published
+        return every > 0 and (number < 2 or number % every == 0)
 
     def _new_check(self, engine: CheckedEngine) -> WeightCheck:
         sequences = check_sequences(
