@@ -84,18 +84,21 @@ class Host:
         """Sample from the weights at `source`, as `version`; requests under way go on with them, their keys and values
         made anew. A server that dies over it gets them when it is back.
 
-        Raises SyncError if the weights do not fit (then nothing has changed), EngineError if the server is lost.
+        Raises SyncError if the weights do not fit (then nothing has changed; if the server died over them, and the new
+        one will not have them either, this is lost), EngineError if the server is lost.
         """
         async with self._lock():
             self.check_open()
-            before, old_version = self._snapshot, self.version
+            before, old_version, life = self._snapshot, self.version, self._life
             self._snapshot = Snapshot.take(source, version)
             try:
                 await self._until_done(self._put_weights)
             except BaseException as error:
                 self._snapshot.remove()
                 self._snapshot, self.version = before, old_version
-                if not isinstance(error, SyncError) or isinstance(error, _MixedWeightsError):
+                # A new server that refused holds what it was started with, not the weights before these.
+                kept_old = isinstance(error, SyncError) and not isinstance(error, _MixedWeightsError)
+                if not kept_old or life != self._life:
                     await self._give_up(error)
                 raise
             if before is not None:

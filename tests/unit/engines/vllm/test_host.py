@@ -204,6 +204,26 @@ def test_weights_that_do_not_fit_leave_the_old_ones_also_for_a_new_server(
     asyncio.run(main())
 
 
+def test_a_server_started_over_weights_that_do_not_fit_is_never_drawn_from(
+    make: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It holds neither the old weights nor the new ones, but those of its checkpoint."""
+    engine = make()
+
+    async def main() -> None:
+        await engine.load_weights(weights(tmp_path, 7 + FIRST), 7)
+        kill_at(engine, monkeypatch, "collective_rpc", "during")
+        with pytest.raises(SyncError, match="a stranger among the tensors"):
+            await engine.load_weights(weights(tmp_path, "misfit"), 8)
+        with pytest.raises(EngineError, match=r"the server is lost.*a stranger among the tensors"):
+            await engine.generate(ask(0, 5))
+
+    asyncio.run(main())
+    assert engine.host.restarts == 1
+    assert engine.host.server is not None
+    assert not engine.host.server.alive()
+
+
 def test_a_model_that_is_neither_old_nor_new_is_never_drawn_from(
     make: Callable[..., VllmEngine], tmp_path: Path
 ) -> None:
