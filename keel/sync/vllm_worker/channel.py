@@ -1,14 +1,17 @@
 """A broadcast from the learner to those who sample: rank 0 sends, the others receive. torch alone, both sides.
 
 The learner opens a store on its machine, under whose key lies the manifest: what comes, in order, and for whom. Groups
-are made for one transfer and forgotten: who died and came back simply joins the next.
+are made for one transfer and forgotten: who died and came back simply joins the next. The store listens on the
+given host alone, and its keys begin with the address's token: who was not told it neither reads nor answers.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -30,14 +33,15 @@ class Address:
     host: str
     port: int
     num_receivers: int
+    token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     def as_text(self) -> str:
-        return json.dumps([self.backend, self.host, self.port, self.num_receivers])
+        return json.dumps([self.backend, self.host, self.port, self.num_receivers, self.token])
 
     @classmethod
     def from_text(cls, text: str) -> Address:
-        backend, host, port, number = json.loads(text)
-        return cls(str(backend), str(host), int(port), int(number))
+        backend, host, port, number, token = json.loads(text)
+        return cls(str(backend), str(host), int(port), int(number), str(token))
 
 
 def send(address: Address, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], timeout_s: float) -> None:
@@ -102,9 +106,23 @@ class Receiver:
 
 def _store(address: Address, timeout_s: float, *, master: bool) -> Any:
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        address.host, address.port, None, master, timeout, wait_for_workers=False
+    # Left to itself, torch listens on every interface.
+    listening = _listen(address) if master else None
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address.host, address.port, None, master, timeout, wait_for_workers=False, master_listen_fd=listening
     )
+    return dist.distributed_c10d.PrefixStore(address.token, store)
+
+
+def _listen(address: Address) -> int:
+    """A listening socket, the store's from now on."""
+    try:
+        return socket.create_server((address.host, address.port), backlog=128).detach()
+    except OSError as error:
+        raise TransferError(
+            f"cannot listen at {address.host}:{address.port} ({error}); sync.host must be an address of the learner's "
+            "own machine, and the port must be free"
+        ) from error
 
 
 def _group(address: Address, store: Any, rank: int, timeout_s: float) -> Any:
@@ -112,7 +130,14 @@ def _group(address: Address, store: Any, rank: int, timeout_s: float) -> Any:
     size, timeout = address.num_receivers + 1, timedelta(seconds=timeout_s)
     prefixed = dist.distributed_c10d.PrefixStore("weights", store)
     if address.backend == "gloo":
-        return dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+        gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        gloo._timeout = timeout
+        # A receiver may be on another machine, which has an address of its own.
+        if rank == 0 or address.host.startswith("127."):
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address.host)]
+        else:
+            gloo._devices = [dist.ProcessGroupGloo.create_default_device()]
+        return dist.ProcessGroupGloo(prefixed, rank, size, gloo)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(prefixed, rank, size, options)
