@@ -168,6 +168,7 @@ class EmbeddedEngine:
                 f"load_weights: this engine takes {self.capabilities().weight_sources}, got {source.kind!r} "
                 f"({'it shares' if self.shares_weights else 'it does not share'} the learner's storage)"
             )
+        own = self.policy.trained_parameters()
         if source.kind == "file":
             read_weights(source.location, own)
         elif source.kind == "gloo":
