@@ -12,10 +12,12 @@ from typing import Any, cast
 
 from keel.sync.base import SyncError, WeightKind, WeightReceiver, WeightSender, WeightSource
 from keel.sync.transports import is_full, transfer_places, weights_directory
-from keel.sync.vllm_worker.channel import Address, call_off
+from keel.sync.vllm_worker.channel import Address, RefusedError, call_off, called_off
 
 Runner = Callable[[Coroutine[Any, Any, None]], None]
 BROADCASTS = ("nccl", "gloo")
+RELEASE_S = 10.0
+"""How long the end of a broadcast that did not fail is given to hear of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -108,19 +110,54 @@ async def _publish_by_broadcast(
 ) -> None:
     """Both ends at once: the learner sends from a thread of its own while the engine receives.
 
-    If the engine fails before it joins, the learner is released; the engine's own words are what is raised.
+    If one end fails, the other is let go, and the words of the one that began it are raised, the other's beneath.
     """
     address = Address(kind, host, _free_port(host), engine.capabilities().weight_receivers)
     source = WeightSource(kind, address.as_text())
     sending = asyncio.ensure_future(asyncio.to_thread(learner.weights_to, source))
+    receiving = asyncio.ensure_future(engine.load_weights(source, version))
     try:
-        await engine.load_weights(source, version)
-    except BaseException as error:
-        with contextlib.suppress(RuntimeError):  # the sender has gone too
-            await asyncio.to_thread(call_off, address, str(error), 10.0)
-        await asyncio.gather(sending, return_exceptions=True)
+        await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_EXCEPTION)
+    except asyncio.CancelledError:
+        receiving.cancel()
+        await asyncio.wait({receiving})
+        await _let_sender_go(address, sending, "the publish was cancelled")
         raise
-    await sending
+    await _let_sender_go(address, sending, str(_error_of(receiving)))
+    await _let_receivers_go(address, receiving, str(_error_of(sending)))
+    ours, theirs = _error_of(sending), _error_of(receiving)
+    if ours is not None and theirs is not None and not isinstance(ours.__cause__, RefusedError):
+        # Which is first, no clock tells. An engine whose transfer failed did not begin it, one that is lost did.
+        first, other = (ours, theirs) if isinstance(theirs, SyncError) else (theirs, ours)
+        first.add_note(f"at the other end of the broadcast: {type(other).__name__}: {other}")
+        raise first
+    if error := theirs or ours:
+        raise error
+
+
+async def _let_sender_go(address: Address, sending: asyncio.Future[None], reason: str) -> None:
+    if not sending.done():
+        with contextlib.suppress(RuntimeError):  # the sender has gone too
+            await asyncio.to_thread(call_off, address, reason, RELEASE_S)
+        await asyncio.wait({sending})
+
+
+async def _let_receivers_go(address: Address, receiving: asyncio.Future[None], reason: str) -> None:
+    """They may wait for a sender that never opened its store: who does not hear in time is cancelled."""
+    if receiving.done():
+        return
+    with contextlib.ExitStack() as standing:
+        with contextlib.suppress(RuntimeError):  # the sender's own store still stands, and ends with it
+            standing.enter_context(called_off(address, reason, RELEASE_S))
+        await asyncio.wait({receiving}, timeout=RELEASE_S)
+    receiving.cancel()
+    await asyncio.wait({receiving})
+
+
+def _error_of(end: asyncio.Future[None]) -> BaseException | None:
+    if not end.done() or end.cancelled():
+        return None
+    return end.exception()
 
 
 def _free_port(host: str) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,6 +25,10 @@ MANIFEST, ANSWER, READY, DONE = "manifest", "answer", "ready", "done"
 
 class TransferError(RuntimeError):
     """A transfer that was refused before anything was sent."""
+
+
+class RefusedError(TransferError):
+    """The other end said no."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,24 @@ class Address:
 def send(address: Address, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], timeout_s: float) -> None:
     """Broadcast `tensors` to `address.num_receivers` receivers, `header` (JSON values) with them.
 
-    Returns when all have said that they have them. Raises TransferError if one refuses (nothing was sent then), and
+    Returns when all have said that they have them. Raises RefusedError if one refuses (nothing was sent then), and
     RuntimeError if one is missing or lost after `timeout_s`.
     """
     store = _store(address, timeout_s, master=True)
+    try:
+        _send(address, store, tensors, header, timeout_s)
+    except RefusedError:
+        raise
+    except BaseException as error:
+        # An error keeps what its frames held: the receivers would go on waiting for a store that stands.
+        traceback.clear_frames(error.__traceback__)
+        del store
+        raise
+
+
+def _send(
+    address: Address, store: Any, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], timeout_s: float
+) -> None:
     items = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
     store.set(MANIFEST, json.dumps({"tensors": items, "header": dict(header)}))
     ranks = range(1, address.num_receivers + 1)
@@ -58,7 +78,7 @@ def send(address: Address, tensors: Mapping[str, torch.Tensor], header: Mapping[
     for rank in ranks:
         answer = store.get(f"{ANSWER}/{rank}").decode()
         if answer != READY:
-            raise TransferError(answer)
+            raise RefusedError(answer)
     group = _group(address, store, 0, timeout_s)
     device = _device(address)
     for tensor in tensors.values():
@@ -73,14 +93,28 @@ def call_off(address: Address, reason: str, timeout_s: float) -> None:
         store.set(f"{ANSWER}/{rank}", f"called off: {reason}")
 
 
+@contextmanager
+def called_off(address: Address, reason: str, timeout_s: float) -> Iterator[None]:
+    """Stand in the sender's place and tell whoever comes to receive that nothing will be sent.
+
+    Raises TransferError if the sender's own store still stands.
+    """
+    store = _store(address, timeout_s, master=True)
+    store.set(MANIFEST, json.dumps({"called off": reason}))
+    yield
+
+
 class Receiver:
     """One end of a transfer: read the manifest, check it, then receive or refuse."""
 
     def __init__(self, address: Address, rank: int, timeout_s: float) -> None:
-        """`rank` counts receivers from 1. Raises RuntimeError if the sender is not there within `timeout_s`."""
+        """`rank` counts receivers from 1. Raises RuntimeError if the sender is not there within `timeout_s`,
+        RefusedError if it has called off."""
         self._address, self._rank, self._timeout_s = address, rank, timeout_s
         self._store = _store(address, timeout_s, master=False)
         manifest = json.loads(self._store.get(MANIFEST))
+        if "called off" in manifest:
+            raise RefusedError(f"the sender failed: {manifest['called off']}")
         self.header: dict[str, Any] = manifest["header"]
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             name: (getattr(torch, dtype), tuple(shape)) for name, dtype, shape in manifest["tensors"]

@@ -14,7 +14,7 @@ import torch
 from keel.sync import publish as publish_module
 from keel.sync.base import SyncError, WeightSource
 from keel.sync.publish import publish, publish_async
-from keel.sync.transports import read_weights, write_weights
+from keel.sync.transports import read_weights, receive_weights, send_weights, write_weights
 
 
 class Listener:
@@ -80,3 +80,34 @@ def test_a_full_place_makes_way_for_the_next(tmp_path: Path, monkeypatch: pytest
 def test_an_engine_that_takes_nothing_on_offer_is_refused() -> None:
     with pytest.raises(SyncError, match=r"listener.*telepathy"):
         asyncio.run(publish_async(Sender(), Listener(sources=("telepathy",)), 1))
+
+
+class WaitingEngine(Listener):
+    """Receives what is broadcast, and waits for it for a while."""
+
+    async def load_weights(self, source: WeightSource, version: int) -> None:
+        await asyncio.to_thread(receive_weights, source.location, {"w": self.weight}, timeout_s=40.0)
+
+    def capabilities(self) -> Any:
+        return SimpleNamespace(**vars(super().capabilities()), weight_receivers=1)
+
+
+class BrokenSender:
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+
+    def weights_to(self, source: WeightSource) -> None:
+        if self.moment == "before":
+            raise MemoryError("no room for a whole copy")
+        # A tensor that is there by name alone: it fails when the receiver has joined.
+        send_weights(source.location, {"w": torch.empty(3, device="meta")}, version=1, timeout_s=40.0)
+
+
+@pytest.mark.parametrize(
+    ("moment", "own"),
+    [("before", (MemoryError, "no room for a whole copy")), ("during", (SyncError, "meta tensor"))],
+)
+def test_a_sender_that_fails_is_heard_though_the_engine_waits(moment: str, own: tuple[type[Exception], str]) -> None:
+    with pytest.raises(own[0], match=own[1]) as caught:
+        publish(BrokenSender(moment), WaitingEngine(sources=("gloo",)), 1, transport="gloo")
+    assert any("at the other end of the broadcast: SyncError" in note for note in caught.value.__notes__)
