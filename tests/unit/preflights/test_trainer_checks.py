@@ -187,7 +187,7 @@ def test_a_layer_s_sequence_crosses_its_window_twice(tiny_checkpoint):
 
 def test_outliers_are_left_out_only_after_a_near_tie():
     near = np.array([False, True, True, False])
-    noise = Noise(1e-6, 1e-6, near, "float64", np.zeros(4, np.float32))
+    noise = Noise(1e-6, 1e-6, near, "float64", np.zeros(4, np.float32), excused_share=0.3)
     mean, left_out = judged_mean(np.array([1e-6, 1e-2, 1e-6, 1e-6]), noise)
     assert (mean, left_out) == (pytest.approx(1e-6), 1)
     mean, left_out = judged_mean(np.array([1e-2, 1e-6, 1e-6, 1e-6]), noise)
