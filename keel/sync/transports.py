@@ -7,13 +7,13 @@ fuse or split tensors), so nothing is converted on the way and the bits arrive a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from keel.sync.vllm_worker import channel
 
 WEIGHTS_FILE = "weights.safetensors"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (only ever used through mkdtemp)
+TRANSFER, KEPT = "keel-weights-", "keel-vllm-weights-"
+"""How directories begin that hold weights on their way, and those that a server would need again; then comes whose."""
 NAMES_SHOWN = 8
 TIMEOUT_S = 300.0
 """How long one end of a broadcast waits for the other."""
@@ -124,14 +126,40 @@ def receive_weights(
         raise SyncError(f"weights by {address.backend}: {error}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def weights_directory(parent: str | Path | None = None) -> Iterator[str]:
     """A fresh directory for one transfer, removed afterwards: below `parent`, else the system's temporary directory."""
-    directory = tempfile.mkdtemp(prefix=f"keel-weights-{os.getpid()}-", dir=parent)
+    directory = own_directory(TRANSFER, parent or tempfile.gettempdir())
     try:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def own_directory(prefix: str, parent: str | Path) -> str:
+    """A fresh directory below `parent`, under this process's number; what killed ones have left there is removed."""
+    remove_abandoned(Path(parent))
+    return tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent)
+
+
+def remove_abandoned(place: Path) -> None:
+    """Delete the weights that runs that were killed have left in `place`, which may be shared memory."""
+    for prefix in (TRANSFER, KEPT):
+        for directory in place.glob(f"{prefix}*"):
+            with contextlib.suppress(ValueError, OSError):
+                owner = int(directory.name.removeprefix(prefix).split("-")[0])
+                if not _runs(owner) and directory.stat().st_uid == os.getuid():
+                    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def transfer_places(first: str | Path | None = None) -> list[str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,8 +57,8 @@ class VllmEngine:
     ) -> None:
         """Start a server for `model.path`, or attach to `config.vllm.url`.
 
-        What a started one prints goes to `log_path` (a new temporary file if None); `model_overrides` are fields of the
-        model's configuration that it takes otherwise. Raises EngineError if it does not come up, serves another model,
+        What a started one prints goes to `log_path` (if None a temporary file, gone after `close`); `model_overrides`
+        are fields of the model's configuration that it takes otherwise. Raises EngineError if it does not come up, serves another model,
         another tokenizer or shorter sequences, returns no log-probs of what it draws, or if the model has sizes that
         vLLM's CPU build cannot run.
         """
@@ -72,7 +73,8 @@ class VllmEngine:
         self._sessions: dict[str, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended: set[asyncio.Task[Any]] = set()
-        kept = log_path or Path(tempfile.mkdtemp(prefix="keel-vllm-log-")) / "vllm.log"
+        self._scratch = None if log_path or settings.url else Path(tempfile.mkdtemp(prefix="keel-vllm-log-"))
+        kept = log_path or (self._scratch or Path()) / "vllm.log"
 
         if not settings.url and is_cpu_build(find_python(settings)):
             check_cpu_sizes(model)
@@ -215,6 +217,8 @@ class VllmEngine:
         for task in tuple(self._tasks):
             task.cancel()
         await self.host.close()
+        if self._scratch is not None:
+            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
 
     # ---- requests
 

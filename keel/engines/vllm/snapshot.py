@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from keel.sync.base import WeightSource
-
-PREFIX = "keel-vllm-weights-"
+from keel.sync.transports import KEPT, own_directory
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,7 @@ class Snapshot:
         if source.kind != "file":
             return cls(source, version)
         place = Path(source.location)
-        remove_abandoned(place.parent)
-        kept = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place.parent))
+        kept = Path(own_directory(KEPT, place.parent))
         for file in place.iterdir():
             try:
                 (kept / file.name).hardlink_to(file)
@@ -43,22 +38,3 @@ class Snapshot:
     def remove(self) -> None:
         if self.source.kind == "file":
             shutil.rmtree(self.source.location, ignore_errors=True)
-
-
-def remove_abandoned(place: Path) -> None:
-    """Delete what runs that were killed have left in `place`, which may be shared memory."""
-    for directory in place.glob(f"{PREFIX}*"):
-        with contextlib.suppress(ValueError, OSError):
-            owner = int(directory.name.removeprefix(PREFIX).split("-")[0])
-            if not _runs(owner) and directory.stat().st_uid == os.getuid():
-                shutil.rmtree(directory, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

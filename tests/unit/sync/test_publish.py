@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +64,19 @@ def test_a_file_is_written_read_and_removed(tmp_path: Path) -> None:
     [(source, version)] = engine.loaded
     assert (source.kind, version) == ("file", 6)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prefix", ["keel-weights-", "keel-vllm-weights-"])
+def test_what_a_killed_learner_left_is_removed_by_the_next(tmp_path: Path, prefix: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    abandoned = tmp_path / f"{prefix}{child.pid}-x"
+    living, others = tmp_path / f"{prefix}{os.getppid()}-x", tmp_path / "keel-weights-of-mine"
+    for place in (abandoned, living, others):
+        place.mkdir()
+        (place / "weights.safetensors").write_bytes(b"old")
+    publish(Sender(), Listener(), 6, directory=tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([living, others])
 
 
 def test_a_full_place_makes_way_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

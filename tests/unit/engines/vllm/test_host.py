@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,20 @@ def test_nothing_is_left_in_shared_memory(make: Callable[..., VllmEngine], tmp_p
         assert len(list(tmp_path.glob("keel-vllm-weights-*"))) == 1
     asyncio.run(engine.close())
     assert not list(tmp_path.glob("keel-vllm-weights-*"))
+
+
+def test_no_log_is_left_that_nobody_asked_for(
+    make: Callable[..., VllmEngine], model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make()  # and with it the interpreter
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    config = EngineConfig(id="vllm", vllm=VllmConfig(python=str(tmp_path / "python")))
+    engine = VllmEngine(model, config, max_sequence_tokens=4096)
+    assert list(place.glob("keel-vllm-log-*/vllm.log"))
+    asyncio.run(engine.close())
+    assert not list(place.glob("keel-vllm-log-*"))
 
 
 def test_memory_that_was_given_back_is_taken_again_after_a_push(

@@ -16,7 +16,7 @@ from keel.engines.base import EngineError
 from keel.engines.vllm.command import find_python, server_arguments, server_environment
 from keel.engines.vllm.engine import VllmEngine
 from keel.engines.vllm.server import VllmServer, reserve_port
-from keel.engines.vllm.snapshot import PREFIX, Snapshot
+from keel.engines.vllm.snapshot import Snapshot
 from keel.models.tiny import build_tiny_model
 from keel.sync.base import WeightSource
 
@@ -142,7 +142,7 @@ def test_a_snapshot_outlives_what_it_was_taken_of(tmp_path: Path) -> None:
     place = tmp_path / "weights"
     place.mkdir()
     (place / "weights.safetensors").write_bytes(b"new")
-    abandoned = tmp_path / f"{PREFIX}{dead_process()}-x"
+    abandoned = tmp_path / f"keel-vllm-weights-{dead_process()}-x"
     abandoned.mkdir()
     snapshot = Snapshot.take(WeightSource("file", str(place)), 7)
     (place / "weights.safetensors").unlink()
