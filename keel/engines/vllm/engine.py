@@ -58,9 +58,9 @@ class VllmEngine:
         """Start a server for `model.path`, or attach to `config.vllm.url`.
 
         What a started one prints goes to `log_path` (if None a temporary file, gone after `close`); `model_overrides`
-        are fields of the model's configuration that it takes otherwise. Raises EngineError if it does not come up, serves another model,
-        another tokenizer or shorter sequences, returns no log-probs of what it draws, or if the model has sizes that
-        vLLM's CPU build cannot run.
+        are fields of the model's configuration that it takes otherwise. Raises EngineError if it does not come up,
+        serves another model, another tokenizer or shorter sequences, returns no log-probs of what it draws, or if the
+        model has sizes that vLLM's CPU build cannot run.
         """
         self._return_routes = config.return_routes
         remote = ("--trust-remote-code",) if model.trust_remote_code else ()
