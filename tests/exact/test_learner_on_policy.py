@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +15,7 @@ from keel.algo.correction import token_truncated
 from keel.batch import pack
 from keel.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig, Plugin, Stage
 from keel.learner.learner import Learner
+from keel.learner.replay import old_streams
 from keel.models.router import replay_routes
 from keel.types import Verdict
 
@@ -22,12 +24,19 @@ SMALL = {"num_hidden_layers": 2}
 MOE_ONLY_SMALL = {"gpt_oss": {}, "qwen3": {}, "qwen3_moe": {"mlp_only_layers": []}}
 
 
-def make_learner(tiny_checkpoint, preset, dtype="float32", checkpointing=False, hidden_size=None, **algo):
+def make_learner(
+    tiny_checkpoint, preset, dtype="float32", checkpointing=False, hidden_size=None, replay="auto", **algo
+):
     size = {} if hidden_size is None else {"hidden_size": hidden_size}
     path = tiny_checkpoint(preset, **SMALL, **MOE_ONLY_SMALL[preset], **size)
-    learner = Learner(ModelConfig(path=path, dtype=dtype, gradient_checkpointing=checkpointing), LearnerConfig())
+    config = ModelConfig(path=path, dtype=dtype, gradient_checkpointing=checkpointing)
+    learner = Learner(config, LearnerConfig(replay_routes=replay))
     learner.enter(Stage("reinforcement", 0, 10, AlgoConfig(**algo), OptimConfig(lr=1e-3)))
     return learner
+
+
+def scored_by(learner, batch):
+    return learner._scored(batch, functools.partial(old_streams, learner.acting))
 
 
 def make_batch(make_groups, num_micro_batches=4, num_updates=1):
@@ -132,7 +141,7 @@ def test_another_split_is_seen(tiny_checkpoint, make_groups, preset):
     """
     ratios, recomputed = [], []
     for dtype in ("float32", "bfloat16"):
-        learner = make_learner(tiny_checkpoint, preset, dtype, updates_per_batch=2, hidden_size=576)
+        learner = make_learner(tiny_checkpoint, preset, dtype, updates_per_batch=2, hidden_size=576, replay="off")
         each, whole = make_batch(make_groups, 16), make_batch(make_groups, 1)
         assert learner.backward(learner.score(each)).metrics["policy/ratio_max_dev"] == 0.0
         scored = learner.score(whole)
@@ -184,7 +193,7 @@ def test_weights_made_in_the_loss_are_those_of_a_scored_batch(tiny_checkpoint, m
     learner = make_learner(tiny_checkpoint, "gpt_oss", correction=(correction,))
     batch = make_batch(make_groups)
     detached = learner.backward(batch)
-    scored = correct(learner._scored(batch, "old_logprobs"), [(token_truncated, {"cap": 1.5})])
+    scored = correct(scored_by(learner, batch), [(token_truncated, {"cap": 1.5})])
     again = learner.backward(scored)
     assert detached.grad_norm == again.grad_norm
     assert detached.loss == again.loss
@@ -204,5 +213,5 @@ def test_weights_made_in_the_loss_are_told(tiny_checkpoint, make_groups):
         gap = streams["logprobs"] - micro_batch.rollout_logprobs
         drawn = micro_batch.policy_version >= 0
         assert torch.equal(streams["importance_weights"][drawn], gap.exp().clamp(max=1.5)[drawn])
-    scored = correct(learner._scored(batch, "old_logprobs"), [(token_truncated, {"cap": 1.5})])
+    scored = correct(scored_by(learner, batch), [(token_truncated, {"cap": 1.5})])
     assert all("importance_weights" not in streams for streams in learner.backward(scored).streams.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -94,9 +95,11 @@ def test_reading_from_python_runs_nothing(stranger, tmp_path):
 
 
 def test_no_part_of_keel_unpickles_a_file():
-    """What is unpickled comes through pipes of Keel's own processes; torch.load is not used at all."""
+    """What is unpickled comes through pipes of Keel's own processes; torch.load reads tensors of others' logs alone."""
     for path in (ROOT / "keel").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert "torch.load(" not in text, path
+        loads = re.findall(r"torch\.load\(([^)]*)\)", text)
+        assert not loads or path.parent.name == "gap", path
+        assert all("weights_only=True" in each for each in loads), path
         assert "allow_pickle=True" not in text, path
         assert ("pickle.load" in text) <= (path.name == "rank.py"), path

@@ -116,9 +116,9 @@ def test_a_run_without_successes_ends_with_its_rewards_and_its_report(monkeypatc
 def test_every_command_is_told_in_one_whole_line():
     lines = CliRunner().invoke(program.app, ["-h"]).output.partition("Commands:")[2].partition("Exit codes")[0]
     told = dict(line.strip().split(maxsplit=1) for line in lines.splitlines() if line.strip())
-    assert list(told)[:4] == ["quickstart", "new", "rollout", "train"]
+    assert list(told)[:5] == ["quickstart", "new", "rollout", "preflight", "train"]
     assert all(text.endswith((".", "?")) and not text.endswith("...") for text in told.values())
-    assert len(told) == len(program.app.registered_commands)
+    assert len(told) == len(program.app.registered_commands) + len(program.app.registered_groups)
 
 
 @pytest.mark.parametrize(
