@@ -228,7 +228,7 @@ def test_the_command_tells_usage_from_failure(model_directory, tmp_path):
     out = tmp_path / "out.json"
     done = run.invoke(app, ["preflight", str(path), "--json", str(out), "--page", str(tmp_path / "page.html")])
     assert done.exit_code == 0, done.output
-    assert "fit for on-policy training" in done.output
+    assert "Fit for on-policy training" in done.output
     assert json.loads(out.read_text())["verdict"] == "pass"
     assert (tmp_path / "page.html").stat().st_size > 10_000
     fault = "engine.distortions=[{cause='wrong_temperature', strength=0.4}]"
