@@ -26,7 +26,7 @@ from keel.sync.base import SyncError
 from keel.sync.publish import publish_async
 from keel.sync.transports import write_weights
 from keel.types import SamplingSettings
-from tests.vllm_servers import CAPACITY, VOCAB_SIZE, OneEngine, ask, until_at_server
+from tests.vllm_servers import CAPACITY, VOCAB_SIZE, OneEngine, ask, tokens_drawn, until_at_server, until_drawn
 
 PROMPT = tuple(range(30, 50))
 
@@ -287,9 +287,12 @@ def test_published_weights_are_sampled_from_also_in_mid_generation(
             parameter.mul_(1.05)
 
     async def main() -> GenerateResult:
+        drawn = await tokens_drawn(engine)
         during = [asyncio.create_task(engine.generate(ask(length=480, seed=i))) for i in range(16)]
-        await until_at_server(engine, lambda number: number == 16)
+        await until_drawn(engine, drawn + 3 * len(during))
+        await engine.pause()  # else a fast server finishes while this process writes
         await publish_async(Sender(changed), engine, 8)
+        await engine.resume()
         results = [result for result in await asyncio.gather(*during) if len(result.spans) == 2]
         assert results, "no request was under way when the weights changed"
         assert (await engine.health()).policy_version == 8

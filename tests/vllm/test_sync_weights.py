@@ -203,7 +203,9 @@ def test_tokens_drawn_after_a_switch_are_the_new_weights_with_their_own_keys(sta
         drawn = await tokens_drawn(stack.engine)
         clients = [asyncio.create_task(meet_new_weights(number)) for number in range(16)]
         await until_drawn(stack.engine, drawn + 3 * len(clients))
+        await stack.engine.pause()  # else a fast server may finish them all before it has read the weights
         await stack.engine.load_weights(ready, 81)
+        await stack.engine.resume()
         return await asyncio.gather(*clients)
 
     met = asyncio.run(switched())
