@@ -34,9 +34,7 @@ def made(texts: tuple[str, ...] = (), count: int = 400) -> PreflightResult:
     engine = tuple(value + draw.gauss(0, 0.1) for value in learner)
     names = tuple(texts[index % len(texts)] for index in range(count)) if texts else ()
     sample = GapSample(engine, learner, tuple(range(count)), (0,) * count, names, count)
-    return PreflightResult(
-        {"model": "tiny", "engine": "embedded"}, CHECKS, BLAME, {"abs_mean": 0.06}, 5e-6, sample
-    )
+    return PreflightResult({"model": "tiny", "engine": "embedded"}, CHECKS, BLAME, {"abs_mean": 0.06}, 5e-6, sample)
 
 
 @pytest.mark.parametrize(("size", "dark"), [(DESK, False), (DESK, True), (PHONE, False)])
