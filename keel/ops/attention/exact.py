@@ -23,11 +23,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from keel.ops.attention import cpu
+from keel.ops.attention.function import BACKENDS, SinkBackward
 from keel.ops.attention.layout import AttentionBackendError, Layout, packed_layout
-from keel.ops.attention.sinks import sinks_gradient
 
 KEY_BLOCK = 64
 """Positions per block of keys."""
@@ -215,8 +213,8 @@ def packed_tiles(bounds: tuple[int, ...], places: int) -> PackedTiles:
     return PackedTiles(rows, at, slots, torch.cat(blocks), torch.cat(first_blocks)[order], torch.cat(counts)[order])
 
 
-class _ExactAttention(torch.autograd.Function):
-    """Forward by `attend_tiles`; backward by the stock kernel, from the (out, lse) made here."""
+class _ExactAttention(SinkBackward):
+    """Forward by `attend_tiles`; backward by the stock CPU kernel, from the (out, lse) made here."""
 
     @staticmethod
     def forward(
@@ -251,16 +249,8 @@ class _ExactAttention(torch.autograd.Function):
         out = out.flatten(0, 1).index_select(0, tiles.slots)
         lse = lse.flatten(0, 1).index_select(0, tiles.slots)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.layout, ctx.scale, ctx.backend = layout, scale, BACKENDS["cpu"]
         return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        dq, dk, dv = cpu.backward(grad, q, k, v, out, lse, ctx.layout, ctx.scale)
-        ds = None if sinks is None else sinks_gradient(grad, out, lse, sinks)
-        return dq, dk, dv, ds, None, None, None
 
 
 def exact_attention(

@@ -112,7 +112,20 @@ def _takes(backend: Backend) -> str:
     return f"{types} on {' or '.join(backend.device_types)}"
 
 
-class _SinkAttention(torch.autograd.Function):
+class SinkBackward(torch.autograd.Function):
+    """The backward pass: the stock kernel's own, handed the (out, lse) that are true with the sinks. A subclass has a
+    forward pass that keeps them."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.backend.backward(grad, q, k, v, out, lse, ctx.layout, ctx.scale)
+        ds = None if sinks is None else sinks_gradient(grad, out, lse, sinks)
+        return dq, dk, dv, ds, None, None, None
+
+
+class _SinkAttention(SinkBackward):
     @staticmethod
     def forward(
         ctx: Any,
@@ -130,14 +143,6 @@ class _SinkAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
         return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.backend.backward(grad, q, k, v, out, lse, ctx.layout, ctx.scale)
-        ds = None if sinks is None else sinks_gradient(grad, out, lse, sinks)
-        return dq, dk, dv, ds, None, None, None
 
 
 def sink_attention(
