@@ -8,7 +8,6 @@ temporary directory, of as many bytes as asked for. The first push of each route
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from keel.bench.measure import BenchError
 from keel.config import EngineConfig, ModelConfig
 from keel.config_vllm import VllmConfig
 from keel.engines.base import Engine
@@ -29,11 +29,9 @@ from keel.engines.process import EngineProcess
 from keel.engines.vllm.engine import VllmEngine
 from keel.models.policy import PolicyModel
 from keel.models.tiny import build_tiny_model
-from keel.monitor.environment import collect_environment
 from keel.sync.base import WeightSource
 from keel.sync.publish import publish_async
 from keel.sync.transports import SHARED_MEMORY, TIMEOUT_S, send_weights, weights_directory, write_weights
-from keel.types import UserFault
 
 MIB = 2**20
 CAPACITY = 64
@@ -44,10 +42,6 @@ SHAPES: Mapping[int, tuple[int, int, int, int, int]] = {
 }
 ROUTES = ("shared", "file", "gloo", "vllm file", "vllm gloo", "vllm native")
 NATIVE = ("--weight-transfer-config", '{"backend": "keel"}')
-
-
-class BenchError(UserFault, ValueError):
-    """Something was asked for that cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +95,6 @@ def measure_sync(sizes_mib: Sequence[int], routes: Sequence[str], *, repeats: in
             _build(size, path)
             results += asyncio.run(_measured(path, routes, repeats))
     return results
-
-
-def machine() -> dict[str, Any]:
-    """What the figures are measured on: processor, versions, threads, and the load before they are."""
-    load = [round(value, 2) for value in os.getloadavg()]
-    return {**collect_environment(), "threads": torch.get_num_threads(), "load": load}
 
 
 def as_json(results: Sequence[RouteTime], facts: Mapping[str, Any], command: str) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +14,12 @@ from rich.text import Text
 from keel.cli.arguments import can_be_written
 
 if TYPE_CHECKING:
+    from keel.bench.measure import BenchResult
     from keel.bench.sync import RouteTime
 
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", callback=can_be_written, help="Write the figures to this file.")
+]
 app = typer.Typer(help="Measure what things take on this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -34,12 +36,11 @@ def sync(
         typer.Option(metavar="ROUTE,...", help="shared, file, gloo, vllm file, vllm gloo, vllm native."),
     ] = "shared,file,gloo",
     repeats: Annotated[int, typer.Option(min=1, help="Pushes that count, after one that does not.")] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=can_be_written, help="Write the figures to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Latency and bandwidth of each route for new weights."""
-    from keel.bench.sync import as_json, machine, measure_sync
+    from keel.bench.measure import command_line, machine
+    from keel.bench.sync import as_json, measure_sync
 
     facts = machine()
     wanted = [int(size) if size.strip().isdigit() else -1 for size in sizes.split(",")]
@@ -47,8 +48,8 @@ def sync(
     results = measure_sync(wanted, names, repeats=repeats)
     _show(results)
     if json_file is not None:
-        command = "keel " + " ".join(shlex.quote(argument) for argument in sys.argv[1:])
-        json_file.write_text(json.dumps(as_json(results, facts, command), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(as_json(results, facts, command_line()), indent=1)
+        json_file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _show(results: list[RouteTime]) -> None:
@@ -60,3 +61,31 @@ def _show(results: list[RouteTime]) -> None:
         cells = (each.route, f"{each.num_bytes / 2**20:.0f}", f"{1e3 * each.median_s:,.1f}")
         table.add_row(*map(Text, (*cells, f"{1e3 * max(each.seconds):,.1f}", rate)))
     Console().print(table)
+
+
+def tell(result: BenchResult, json_file: Path | None) -> None:
+    """What every command that compares ends with: a table of the rows, the notes, and the file if one was asked for.
+
+    The columns are the keys that any row has, in the order in which they first come.
+    """
+    table = Table(box=None)
+    names = list(dict.fromkeys(name for row in result.rows for name in row))
+    words = {name for name in names if any(isinstance(row.get(name), str) for row in result.rows)}
+    for name in names:
+        table.add_column(Text(name), justify="left" if name in words else "right")
+    for row in result.rows:
+        table.add_row(*(Text(_cell(row.get(name))) for name in names))
+    console = Console()
+    console.print(table)
+    for note in result.notes:
+        console.print(Text(note))
+    if json_file is not None:
+        result.write(json_file)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
