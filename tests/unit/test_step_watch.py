@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
 from keel.device import MemoryWatch
@@ -28,10 +29,13 @@ def test_parts_of_a_step_add_up_and_progress_knows_the_phase():
         seen.append((progress.phase, dict(progress.sizes)))
     told = watch.figures()
     assert told.keys() == {
-        *("time/learn_s", "time/publish_s", "time/step_s"),
+        *("time/score_s", "time/update_s", "time/learn_s", "time/publish_s", "time/step_s"),
         *("memory/key_values_mib", "memory/resident_mib"),
     }
     assert told["time/learn_s"] >= 6 * 0.01
+    assert told["time/score_s"] >= 2 * 0.01
+    assert told["time/update_s"] >= 4 * 0.01
+    assert told["time/score_s"] + told["time/update_s"] == pytest.approx(told["time/learn_s"])
     assert 0.01 <= told["time/publish_s"] < told["time/step_s"]
     assert told["time/step_s"] >= told["time/learn_s"] + told["time/publish_s"] + 2 * 0.01  # collecting, recording
     assert [phase for phase, _ in seen][:4] == ["collect", "pack", "score", "backward"]
