@@ -14,6 +14,9 @@ from keel.ops.attention.layout import Bucket, Layout
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+ALIGNMENT = 64
+"""Bytes: where torch's allocator lets a tensor begin."""
+
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
@@ -21,8 +24,7 @@ def forward(
     """q [T, H, D], k and v [T', K, D] -> out [T, H, D] in q's type and lse [T, H] in float32 (float64 for float64)."""
     outs, lses = [], []
     for bucket in layout.buckets:
-        query = _pieces(q, bucket.query_index, bucket)
-        key, value = _pieces(k, bucket.key_index, bucket), _pieces(v, bucket.key_index, bucket)
+        query, key, value = _queries(q, bucket), _keys(k, bucket), _keys(v, bucket)
         out, lse = _forward(query, key, value, 0.0, bucket.causal, attn_mask=bucket.mask(q.dtype), scale=scale)
         outs.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
         lses.append(lse.transpose(1, 2).reshape(-1, q.shape[1]))
@@ -54,11 +56,11 @@ def backward(
             # P = exp(S - inf) = 0: a padding row gives nothing to any gradient, whatever it repeats.
             bucket_lse.masked_fill_(bucket.padded_queries[:, None], float("inf"))
         dq, dk, dv = _backward(
-            _pieces(grad, bucket.query_index, bucket),
-            _pieces(q, bucket.query_index, bucket),
-            _pieces(k, bucket.key_index, bucket),
-            _pieces(v, bucket.key_index, bucket),
-            _pieces(out, bucket.query_index, bucket),
+            _queries(grad, bucket),
+            _queries(q, bucket),
+            _keys(k, bucket),
+            _keys(v, bucket),
+            _queries(out, bucket),
             bucket_lse.view(bucket.num_pieces, -1, lse.shape[1]).transpose(1, 2),
             0.0,
             bucket.causal,
@@ -73,14 +75,32 @@ def backward(
     return _rows(grads_q, layout, 0.0), _key_rows(grads_k, layout), _key_rows(grads_v, layout)
 
 
-def _pieces(rows: torch.Tensor, index: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """[T, H, D] -> [P, H, L, D], a view of the gathered rows."""
-    return rows.index_select(0, index).view(bucket.num_pieces, -1, *rows.shape[1:]).transpose(1, 2)
+def _queries(rows: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    return _pieces(rows, bucket.query_index, bucket.query_run, bucket.num_pieces)
+
+
+def _keys(rows: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    return _pieces(rows, bucket.key_index, bucket.key_run, bucket.num_pieces)
+
+
+def _pieces(rows: torch.Tensor, index: torch.Tensor, run: slice | None, num_pieces: int) -> torch.Tensor:
+    """[T, H, D] -> [P, H, L, D]: a view of the gathered rows, or of the very rows where nothing need be gathered.
+
+    The kernel's bits follow where in memory a row begins, so only rows that begin where gathered ones would are used
+    as they are.
+    """
+    taken = rows.index_select(0, index) if run is None else rows[run].contiguous()
+    if taken.data_ptr() % ALIGNMENT:
+        taken = taken.clone()
+    return taken.view(num_pieces, -1, *rows.shape[1:]).transpose(1, 2)
 
 
 def _rows(parts: list[torch.Tensor], layout: Layout, missing: float) -> torch.Tensor:
     """The buckets' rows back in the order of q; rows in no bucket are `missing`."""
-    found = _joined(parts).index_select(0, layout.query_slots)
+    joined = _joined(parts)
+    if layout.queries_in_order:
+        return joined
+    found = joined.index_select(0, layout.query_slots)
     if layout.query_rows is None:
         return found
     rows = found.new_full((layout.num_query_rows, *found.shape[1:]), missing)
@@ -90,6 +110,8 @@ def _rows(parts: list[torch.Tensor], layout: Layout, missing: float) -> torch.Te
 def _key_rows(parts: list[torch.Tensor], layout: Layout) -> torch.Tensor:
     """Gradients of keys back in the order of k, summed (in float32 at least) where bands overlap."""
     joined = _joined(parts)
+    if layout.keys_in_order:
+        return joined
     if layout.key_slots is not None:
         return joined.index_select(0, layout.key_slots)
     index = torch.cat([bucket.key_index for bucket in layout.buckets])

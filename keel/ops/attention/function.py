@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from keel.ops.attention import blocks, cpu, cuda
 from keel.ops.attention.layout import AttentionBackendError, Layout, packed_layout
 from keel.ops.attention.reference import dense_attention
-from keel.ops.attention.sinks import apply_sinks, sinks_gradient
+from keel.ops.attention.sinks import sink_factor, sinks_gradient
 
 FULL = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
@@ -139,7 +139,8 @@ class _SinkAttention(SinkBackward):
     ) -> torch.Tensor:
         out, lse = backend.forward(q, k, v, layout, scale)
         if sinks is not None:
-            out, lse = apply_sinks(out, lse, sinks)
+            factor, lse = sink_factor(lse, sinks)
+            out.mul_(factor)  # a backend's out is its own, so no second one is made
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
         return out

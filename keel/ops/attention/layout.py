@@ -62,6 +62,8 @@ class Bucket:
     offset: int
     num_keys: int  # real keys before padding if the band reaches past them, else M
     window: int | None  # None if it hides nothing here
+    query_run: slice | None  # these rows of q are what `query_index` says, so nothing need be gathered
+    key_run: slice | None
     masks: dict[torch.dtype, torch.Tensor | None] = field(default_factory=dict, compare=False)
 
     @property
@@ -96,6 +98,8 @@ class Layout:
     query_rows: torch.Tensor | None  # [R] int64, rows with a visible key; None: all T of them, in order
     query_slots: torch.Tensor  # [R] int64, where row `query_rows[r]` lies in the concatenated buckets
     key_slots: torch.Tensor | None  # [T] int64, likewise for keys; None if a key is in several pieces or in none
+    queries_in_order: bool  # the concatenated buckets are the T query rows, in order
+    keys_in_order: bool
 
     @property
     def max_queries(self) -> int:
@@ -212,7 +216,15 @@ def _bucket(pieces: Sequence[Span], key: tuple[int, int, int], window: int | Non
         offset=offset,
         num_keys=short_keys or columns,
         window=window if hides else None,
+        query_run=_run(query_index),
+        key_run=_run(key_index),
     )
+
+
+def _run(index: torch.Tensor) -> slice | None:
+    """The slice that `index` [n] spells out, if it does."""
+    first = int(index[0])
+    return slice(first, first + len(index)) if torch.equal(index, torch.arange(len(index)) + first) else None
 
 
 def _index(starts: list[int], lengths: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,6 +258,7 @@ def _with_slots(
         key_base += bucket.key_index.shape[0]
     covered = slots >= 0
     rows = None if bool(covered.all()) else covered.nonzero().reshape(-1)
+    once = bool((uses == 1).all())
     return Layout(
         spans=spans,
         window=window,
@@ -254,5 +267,7 @@ def _with_slots(
         buckets=buckets,
         query_rows=rows,
         query_slots=slots if rows is None else slots[rows],
-        key_slots=key_slots if bool((uses == 1).all()) else None,
+        key_slots=key_slots if once else None,
+        queries_in_order=query_base == num_query_rows and torch.equal(slots, torch.arange(num_query_rows)),
+        keys_in_order=once and key_base == num_key_rows and torch.equal(key_slots, torch.arange(num_key_rows)),
     )
