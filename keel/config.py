@@ -159,6 +159,11 @@ class LearnerConfig(Section):
         description="top-p or top-k by an engine that does not say what was left to choose from: refuse, or make the "
         "cut again in the learner, with the drawn token always inside",
     )
+    share_prefixes: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compute what the sequences of a micro-batch have in common (a group's prompt) once; auto: where "
+        "the model can and it saves a tenth of the tokens; never in exact numerics",
+    )
     distortions: tuple[Distortion, ...] = Field(
         (), description="faults planted in the learner on purpose (docs/faults.md); likewise"
     )

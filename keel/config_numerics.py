@@ -35,6 +35,12 @@ def refuse_with_exact(config: TrainConfig, refuse: Callable[[bool, tuple[str, ..
         'set learner.ranks = 1, or numerics = "fast"',
     )
     refuse(
+        config.learner.share_prefixes == "on",
+        ("numerics", "learner.share_prefixes"),
+        "exact mode computes every sequence for itself, as the engine does",
+        'set learner.share_prefixes = "auto", which is off there, or numerics = "fast"',
+    )
+    refuse(
         config.device.startswith("cuda"),
         ("numerics", "device"),
         "what exact mode rests on was measured on the CPU only",

@@ -191,7 +191,13 @@ def due(done: int, every: int) -> bool:
 
 SEVERITY = ("go", "skip", "stop")
 AFTER_STOP = Verdict("skip", "an earlier update of the same batch stopped the run")
-COUNTS = ("policy/loss_tokens", "mismatch/outliers", "mismatch/outliers_routed", "mismatch/outliers_near_tie")
+COUNTS = (
+    "policy/loss_tokens",
+    "learner/shared_tokens",
+    "mismatch/outliers",
+    "mismatch/outliers_routed",
+    "mismatch/outliers_near_tie",
+)
 WORST = ("_max", "_max_dev", "/staleness")
 
 

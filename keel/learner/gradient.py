@@ -80,6 +80,8 @@ class Objective:
         (loss * scale).backward()
         mask = micro_batch.loss_mask
         stats.add_total("loss", loss)
+        stats.add_total("rows", loss.new_tensor(micro_batch.num_tokens * (not idle)))
+        stats.add_total("shared_rows", loss.new_tensor((micro_batch.num_tokens - outputs.num_computed) * (not idle)))
         if outputs.entropy is not None:
             stats.add("entropy", outputs.entropy, mask)
         stats.peak("ratio_max_dev", ratio_deviation(detached, old), mask)
@@ -200,6 +202,9 @@ def update_metrics(
         "policy/ratio_max_dev": maxima.get("ratio_max_dev", 0.0),
         "policy/loss_tokens": num_tokens,
     }
+    if sums.get("rows"):
+        metrics["learner/shared_tokens"] = sums["shared_rows"]
+        metrics["learner/shared_share"] = sums["shared_rows"] / sums["rows"]
     if recompute:
         metrics["policy/recompute_max_dev"] = maxima.get("recompute_max_dev", 0.0)
     if "kl" in sums:

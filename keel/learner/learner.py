@@ -95,7 +95,7 @@ class Learner:
                 "model.lora.rank is 0; set it to that rank to train the adapter on, or export the run it is from "
                 "with --merged and start from that"
             )
-        self.acting = ReplayingPolicy(self.policy, learner.replay_routes)
+        self.acting = ReplayingPolicy(self.policy, learner.replay_routes, learner.share_prefixes)
         """`policy` as every pass of the learner runs it."""
         self.base = base_fingerprint(self.policy.model) if self.policy.adapter is not None else ""
         """Of the weights that an adapter is on, which are in no checkpoint; "" without one."""

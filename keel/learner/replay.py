@@ -20,6 +20,7 @@ from keel.batch import MicroBatch
 from keel.learner.base import LearnerError
 from keel.models.policy import PolicyModel, TokenOutputs
 from keel.models.router import replay_routes
+from keel.models.shared_rows import Share
 
 
 class ReplayingPolicy:
@@ -29,10 +30,16 @@ class ReplayingPolicy:
     pass that ignores it computes the log-prob of another policy. "on" also refuses drawn tokens that have none.
     """
 
-    def __init__(self, policy: PolicyModel, mode: Literal["auto", "on", "off"]) -> None:
-        """Raises LearnerError for "on" with a model whose choices cannot be replayed."""
+    def __init__(self, policy: PolicyModel, mode: Literal["auto", "on", "off"], share_prefixes: Share = "off") -> None:
+        """`share_prefixes` is `learner.share_prefixes`: every pass over a micro-batch shares the same rows.
+
+        Raises LearnerError for "on" with a model whose choices cannot be replayed, or whose rows cannot be shared.
+        """
         self.policy = policy
         self.mode = mode
+        self.share_prefixes: Share = share_prefixes
+        if share_prefixes == "on" and (problem := policy.sharing_problem()):
+            raise LearnerError(f'learner.share_prefixes = "on", but {problem}; or set it to "auto"')
         self.has_routes = 0 < policy.info.num_moe_layers == len(policy.routers)
         if mode == "on" and not self.has_routes:
             has = f"{policy.info.num_moe_layers} layers of experts, {len(policy.routers)} with a router that Keel knows"
@@ -48,7 +55,7 @@ class ReplayingPolicy:
     def __call__(self, micro_batch: MicroBatch, **options: Any) -> TokenOutputs:
         routes = self.routes_of(micro_batch)
         with nullcontext() if routes is None else replay_routes(routes):
-            outputs: TokenOutputs = self.policy(micro_batch, **options)
+            outputs: TokenOutputs = self.policy(micro_batch, share_prefixes=self.share_prefixes, **options)
         return outputs
 
     def routes_of(self, micro_batch: MicroBatch) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ mask at all and left-padded rows come out silently wrong. What cannot be honoure
 How a layer's call is understood, first match:
 
     keel_cache        an engine's own key-value slots: everything is handed to its `attend`
+    keel_shared       one packed row of which what sequences have in common is there once (`keel.models.shared_rows`)
     cu_seq_lens_q     one packed row of whole sequences, the learner's way in
     mask, positions   a batch, padded left or right or not, with a `transformers` cache or without, or packed by
                       positions that restart
@@ -19,8 +20,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from keel.models.attention_mask import AttentionMaskError, keel_mask, plan_of
+from keel.models.shared_rows import SharedAttention
 from keel.ops.attention import layout_attention, sink_attention
 from keel.ops.attention.exact import exact_attention
+from keel.ops.gather import gather_rows
 from keel.ops.numerics import is_exact
 
 NAME = "keel"
@@ -62,6 +65,7 @@ def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
     keel_cache: KeelCache | None = None,
+    keel_shared: SharedAttention | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -79,6 +83,9 @@ def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
         layer_idx: Any = module.layer_idx
         out = keel_cache.attend(layer_idx, query, key, value, sinks=s_aux, window=sliding_window, scaling=scale)
         return out, None
+    if keel_shared is not None:
+        window = _packed_window(query, key, attention_mask, sliding_window)
+        return _shared_attention(module, query, key, value, s_aux, keel_shared, window, scale), None
     if cu_seq_lens_q is not None:
         window = _packed_window(query, key, attention_mask, sliding_window)
         # The same tensor is equal to itself without being read, which off the CPU would wait for it in every layer.
@@ -108,6 +115,30 @@ def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
         scale=scale,
     )
     return out.unflatten(0, (query.shape[0], -1)), None
+
+
+def _shared_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    shared: SharedAttention,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """query [1, H, U, D] of the computed rows, each of which sees the keys of its ancestors -> out [1, U, H, D]."""
+    layer_idx: Any = getattr(module, "layer_idx", id(module))
+    shared.layers.add(layer_idx)
+    out = layout_attention(
+        query[0].transpose(0, 1),
+        gather_rows(key[0].transpose(0, 1), shared.key_rows),
+        gather_rows(value[0].transpose(0, 1), shared.key_rows),
+        sinks,
+        layout=shared.layout(window),
+        scale=scale,
+    )
+    return out.unsqueeze(0)
 
 
 def _refuse(module: torch.nn.Module, dropout: float, sinks: torch.Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from keel.models.fitted import fit_modules
 from keel.models.info import ModelInfo, model_info
 from keel.models.lora import Adapter, LoraOptions, merge_adapter, put_on_adapter, save_adapter
 from keel.models.own_support import own_support, support_differs
-from keel.models.padding import pad_micro_batch
+from keel.models.padding import pad_rows
 from keel.models.progress import no_progress_bars
 from keel.models.router import (
     RouteRecorder,
@@ -36,8 +36,11 @@ from keel.models.router import (
     record_routes,
     replace_routers,
     replay_for_rows,
+    replay_of_rows,
+    replayed,
     set_up_routers,
 )
+from keel.models.shared_rows import Share, SharedRows, share_rows, sharing_problem
 from keel.ops.logprobs import DEFAULT_CHUNK_TOKENS, head_logits, linear_logprobs
 from keel.ops.numerics import exact_numerics
 from keel.ops.support import TokenSupport
@@ -81,6 +84,7 @@ class TokenOutputs:
     router_logits: torch.Tensor | None = None  # [T, moe layers, E], with gradient
     own_support: TokenSupport | None = None  # of T labels; see `keel.models.own_support`
     support_differs: torch.Tensor | None = None  # [T] bool, the model's own cut would have left something else
+    num_computed: int = 0  # rows that the layers ran on: fewer than T where sequences begin alike and share that
 
 
 class PolicyModel(nn.Module):
@@ -225,6 +229,7 @@ class PolicyModel(nn.Module):
         with_own_support: bool = False,
         with_support_check: bool = False,
         entropy_grad: bool = False,
+        share_prefixes: Share = "off",
     ) -> TokenOutputs:
         """Log-probs of `micro_batch.labels` under softmax(logits / temperature), sequences kept apart; where top-p or
         top-k cut, over what the micro-batch says was left.
@@ -232,32 +237,26 @@ class PolicyModel(nn.Module):
         `with_routes` returns each token's experts, `with_margins` also how near a tie the choice was,
         `with_router_logits` what it was made of. `with_own_support` returns every label's support, one of the model's
         own making where the micro-batch has none for a cut one; `with_support_check` compares those it has with the
-        model's own cut, without gradient. Gradients flow
-        through the entropy only if `entropy_grad`. A dense model has no routes (None). Raises ValueError if routes are
-        wanted of a model whose routers are not declared, if the attention implementation cannot keep packed sequences
-        apart, or if a temperature is not positive.
+        model's own cut, without gradient. Gradients flow through the entropy only if `entropy_grad`. `share_prefixes`
+        computes what sequences have in common once ("auto": where it can and pays); what is said of a row stays the
+        same, to rounding. A dense model has no routes (None). Raises ValueError if routes are wanted of a model whose
+        routers are not declared, if the attention implementation cannot keep packed sequences apart, if prefixes must
+        be shared and cannot be, or if a temperature is not positive.
         """
         if micro_batch.num_sequences > 1 and not self._packs:
             raise ValueError(
                 f"model: got {micro_batch.num_sequences} packed sequences, which attention = "
                 f"{self.model.config._attn_implementation!r} would let see each other; set attention = 'keel'"
             )
-        rows = pad_micro_batch(micro_batch)
-        hidden, recorder = self._hidden(
-            rows.input_ids,
-            rows.positions,
-            self._recorder(
-                with_routes or with_margins or with_router_logits,
-                with_margins=with_margins,
-                with_logits=with_router_logits,
-            ),
-            cu_seq_lens_q=rows.cu_seqlens,
-            cu_seq_lens_k=rows.cu_seqlens,
-            max_length_q=micro_batch.max_seqlen,
-            max_length_k=micro_batch.max_seqlen,
+        rows = pad_rows(micro_batch, self._shared(micro_batch, share_prefixes))
+        recorder = self._recorder(
+            with_routes or with_margins or with_router_logits, with_margins=with_margins, with_logits=with_router_logits
         )
+        with replay_of_rows(rows.computed):
+            hidden, recorder = self._hidden(rows.input_ids, rows.positions, recorder, **rows.attention)
+        rows.check_shared(self.info)
         logprobs, entropy = linear_logprobs(
-            hidden,
+            rows.for_head(hidden),
             self.head.weight,
             rows.labels,
             temperature=rows.temperature,
@@ -267,23 +266,43 @@ class PolicyModel(nn.Module):
             with_entropy=with_entropy,
             entropy_grad=entropy_grad,
         )
-        num_tokens = micro_batch.num_tokens
-        cut = (hidden[:num_tokens], self.head, micro_batch, self.head_chunk_tokens)
         outputs = TokenOutputs(
-            logprobs[:num_tokens],
-            None if entropy is None else entropy[:num_tokens],
-            own_support=own_support(*cut) if with_own_support else None,
-            support_differs=support_differs(*cut) if with_support_check else None,
+            rows.of_labels(logprobs),
+            None if entropy is None else rows.of_labels(entropy),
+            num_computed=rows.num_computed,
         )
+        if with_own_support or with_support_check:
+            cut = (rows.of_inputs(hidden), self.head, micro_batch, self.head_chunk_tokens)
+            outputs = replace(
+                outputs,
+                own_support=own_support(*cut) if with_own_support else None,
+                support_differs=support_differs(*cut) if with_support_check else None,
+            )
         if recorder is None:
             return outputs
         return replace(
             outputs,
-            routes=recorder.routes()[:num_tokens],
-            own_routes=recorder.own_routes()[:num_tokens],
-            route_margins=recorder.margins()[:num_tokens] if with_margins else None,
-            router_logits=recorder.logits()[:num_tokens] if with_router_logits else None,
+            routes=rows.of_inputs(recorder.routes()),
+            own_routes=rows.of_inputs(recorder.own_routes()),
+            route_margins=rows.of_inputs(recorder.margins()) if with_margins else None,
+            router_logits=rows.of_inputs(recorder.logits()) if with_router_logits else None,
         )
+
+    def sharing_problem(self) -> str:
+        """Why what sequences have in common cannot be computed once; "" if it can."""
+        if self.exact:
+            return "numerics = 'exact' computes every sequence for itself, as the engine does"
+        return sharing_problem(self.model, self.info)
+
+    def _shared(self, micro_batch: MicroBatch, share: Share) -> SharedRows | None:
+        """What of `micro_batch` is computed once; None: everything is computed. Raises ValueError if "on" cannot be."""
+        if share == "off":
+            return None
+        if problem := self.sharing_problem():
+            if share == "on":
+                raise ValueError(f"share_prefixes = 'on': {problem}; or set it to 'auto'")
+            return None
+        return share_rows(micro_batch, replayed(), share)
 
     @_in_its_numerics
     def trunk(

@@ -125,6 +125,12 @@ def replayed() -> torch.Tensor | None:
     return _replay.get()
 
 
+def replay_of_rows(rows: torch.Tensor | None) -> AbstractContextManager[None]:
+    """What is replayed, if anything, for the given rows alone; None: for all."""
+    routes = _replay.get()
+    return nullcontext() if routes is None or rows is None else replay_routes(routes[rows])
+
+
 def replay_for_rows(num_rows: int) -> AbstractContextManager[None]:
     """What is replayed, if anything, filled up to `num_rows` rows that choose for themselves."""
     routes = _replay.get()

@@ -48,9 +48,10 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
     "keel.monitor": (CONFIG_FILES | {"keel.secrecy", "keel.files"}, LIGHT),
     "keel.report": (ANYWHERE | {"keel.monitor", "keel.runs"}, {"numpy", "tokenizers", "plotly"}),
     "keel.batch": ({"keel.types", "keel.batch_support"}, {"torch", "numpy"}),
+    "keel.prefixes": (set(), set()),
     "keel.batch_support": ({"keel.types"}, {"torch", "numpy"}),
     "keel.models": (
-        {"keel.ops", "keel.batch", "keel.types", "keel.distortion", "keel.sync.groups"},
+        {"keel.ops", "keel.batch", "keel.types", "keel.distortion", "keel.sync.groups", "keel.prefixes"},
         {"torch", "transformers", "tokenizers", "safetensors", "numpy", "peft"},
     ),
     "keel.attention": ({"keel.models", "keel.ops"}, {"torch", "transformers"}),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keel.batch import MicroBatch
-from keel.models.padding import pad_micro_batch
+from keel.models.padding import pad_rows
 from keel.models.policy import PolicyModel
 from keel.models.tiny import build_tiny_model
 from keel.ops.matmul import padded_rows
@@ -34,15 +34,17 @@ def make_micro_batch(lengths) -> MicroBatch:
 @pytest.mark.parametrize("lengths", [(3,), (16,), (5, 9), (40, 61, 70), (7,) * 40])
 def test_padding_is_regular_and_restarts_like_sequences(lengths):
     batch = make_micro_batch(lengths)
-    rows = pad_micro_batch(batch)
+    rows = pad_rows(batch, None)
     total = sum(lengths)
     assert len(rows.input_ids) == padded_rows(total)
+    cu_seqlens = rows.attention["cu_seq_lens_q"]
+    assert torch.equal(rows.attention["cu_seq_lens_k"], cu_seqlens)
     for name in ("input_ids", "positions", "labels", "temperature", "cu_seqlens"):
-        padded, real = getattr(rows, name), getattr(batch, name)
+        padded, real = cu_seqlens if name == "cu_seqlens" else getattr(rows, name), getattr(batch, name)
         assert torch.equal(padded[: len(real)], real)
         assert padded.dtype == real.dtype
-    spans = rows.cu_seqlens.diff()
-    assert rows.cu_seqlens[-1] == len(rows.input_ids) == len(rows.labels) == len(rows.temperature)
+    spans = cu_seqlens.diff()
+    assert cu_seqlens[-1] == len(rows.input_ids) == len(rows.labels) == len(rows.temperature)
     assert spans.min() >= 1
     assert spans.max() <= batch.max_seqlen
     expected = torch.cat([torch.arange(int(span)) for span in spans])

@@ -1,0 +1,33 @@
+"""Rows taken several times, with a backward pass that adds their gradients up in float32 at least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        sums = grad.new_zeros((ctx.num_rows, *grad.shape[1:]), dtype=wide)
+        return sums.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`rows [U, ...]` at `index [T]` -> `[T, ...]`; a row that is taken often gets the sum of the gradients.
+
+    In bfloat16 torch's own `index_select` rounds after every addition; this rounds once.
+    """
+    out: torch.Tensor = _GatherRows.apply(rows, index)  # type: ignore[no-untyped-call]
+    return out
