@@ -43,6 +43,14 @@ PRESETS = ("gpt_oss", "qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16")
 SIDES: tuple[Side, ...] = ("engine", "learner")
 SAMPLINGS = (SamplingSettings(), SamplingSettings(0.7), SamplingSettings(0.8, 0.9), SamplingSettings(0.9, 0.95, 40))
+RUNS_IN_VLLM: dict[str, dict[str, int]] = {
+    "gpt_oss": {"intermediate_size": 96},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {"hidden_size": 96, "moe_intermediate_size": 64, "head_dim": 32},
+}
+"""What vLLM's CPU kernels need of a tiny model: experts in multiples of 32, heads of 32, 64, ..."""
+BOUNDED_TOP_K = 40
+"""With vLLM, of a nucleus: its support is told by a bounded number of most likely tokens."""
 NOT_BEFORE_A_RUN = {"learner": ("stale_version", "stale_tensor_group")}
 """A learner is only ever late with its own updates, and before a run there is none."""
 COUNTS_FROM = 3.0
@@ -118,18 +126,21 @@ def _pair(seed: int, preset: str, dtype: str, side: Side, info: ModelInfo) -> It
 def config_of(case: Case, engine: str) -> dict[str, Any]:
     """A run's config with the case's faults in it."""
     planted = [each.to_json() for each in case.planted]
+    in_vllm = engine == "vllm"
+    tiny = {"preset": case.preset, "vocab_size": 400, "options": RUNS_IN_VLLM[case.preset] if in_vllm else {}}
+    top_k = case.sampling.top_k or (BOUNDED_TOP_K if in_vllm and case.sampling.top_p < 1 else 0)
     return {
         "name": "preflight campaign",
-        "model": {"dtype": case.dtype, "tiny": {"preset": case.preset, "vocab_size": 400}},
+        "model": {"dtype": case.dtype, "tiny": tiny},
         "env": {"id": "CalculatorEnv"},
         "rollout": {
             "temperature": case.sampling.temperature,
             "top_p": case.sampling.top_p,
-            "top_k": case.sampling.top_k,
+            "top_k": top_k,
             "max_sequence_tokens": 320,
         },
         "engine": {"id": engine, "distortions": planted if case.side == "engine" else []}
-        | ({"process": "same"} if engine == "embedded" else {}),
+        | ({"vllm": {"kv_cache_gib": 0.25}} if in_vllm else {"process": "same"}),
         "learner": {"distortions": planted if case.side == "learner" else []},
     }
 

@@ -26,6 +26,8 @@ ALGO_ROOMS = {
 }
 ENV_ROOM = "keel.envs"
 ENGINE_ROOM = "keel.engines"
+ENGINES = ("embedded", "vllm")
+"""Those that need more than a plug-in gets, so they are not found as plug-ins."""
 REWARD_ROOM = "keel.rewards"
 
 
@@ -47,7 +49,7 @@ def check_plugins(config: TrainConfig, where: Where) -> list[Problem]:
             problems += _check(plugin.id, room, plugin.options, ("algo", name), ("algo", name, "id"), where)
     if config.env.id:
         problems += _check(config.env.id, ENV_ROOM, config.env.options, ("env", "options"), ("env", "id"), where)
-    if config.engine.id not in ("embedded", "vllm"):
+    if config.engine.id not in ENGINES:
         problems += _check(config.engine.id, ENGINE_ROOM, None, ("engine",), ("engine", "id"), where)
     if config.env.reward.id != "none":
         reward = config.env.reward
@@ -62,7 +64,7 @@ def _check(
 ) -> list[Problem]:
     name = ".".join(id_path)
     try:
-        target = plugins.resolve(target_id, room)
+        target = plugins.resolve(target_id, room, ENGINES if room == ENGINE_ROOM else ())
     except plugins.PluginError as error:
         return [Problem(where(id_path), f"{name} names no plug-in", shown(target_id), str(error))]
     if not callable(target):

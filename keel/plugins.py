@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,9 +32,9 @@ class PluginError(UserFault, ValueError):
     """A plug-in could not be found, or was given options it does not take; says what, got and how to fix."""
 
 
-def resolve(target: Any, builtin_module: str) -> Any:
+def resolve(target: Any, builtin_module: str, others: Sequence[str] = ()) -> Any:
     """The object behind `target`: itself if it is not a string, one that is held under that name, `module:name`, or a
-    public name of `builtin_module`.
+    public name of `builtin_module`. `others` are names of that kind which do not come this way, for the hint.
 
     Raises PluginError, with the nearest valid name, if there is none.
     """
@@ -55,7 +55,8 @@ def resolve(target: Any, builtin_module: str) -> Any:
     if found is None and module_name == "__main__":
         raise PluginError(f"no {name!r} in this program, {_again(builtin_module)}")
     if found is None or (builtin and name not in getattr(module, "__all__", ())):
-        names = sorted(getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")]))
+        public = [each for each in vars(module) if not each.startswith("_")]
+        names = sorted((*getattr(module, "__all__", ()), *others) if builtin else getattr(module, "__all__", public))
         near = get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
         raise PluginError(f"no {name!r} in {module.__name__}; {hint} (own code: 'package.module:name')")

@@ -49,6 +49,8 @@ def mismatch(
 
         log = with_learner(log, load_model(model, dtype=dtype), temperature=temperature)
         recomputed = f"{model} in {dtype}"
+    elif model:
+        log = replace(log, notes=(*log.notes, f"{model} was not used: the log has the learner's log-probs"))
     return measure(log, words=_words(record, model, tokenizer), worst=worst, recomputed=recomputed)
 
 

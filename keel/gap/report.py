@@ -11,6 +11,7 @@ from keel.gap.corrections import CorrectionEffect
 from keel.gap.statistics import PEER_METRICS
 from keel.gap.worst import WorstToken
 from keel.monitor import cells
+from keel.monitor.bands import BANDS
 from keel.monitor.live import number
 from keel.monitor.printable import one_line
 from keel.secrecy import scrubbed, scrubbed_values
@@ -57,11 +58,28 @@ class GapReport:
         """Drawn tokens compared."""
         return int(self.statistics["tokens"])
 
+    @property
+    def verdict(self) -> str:
+        """What a mean gap of this size is the sign of, by the bands a run of Keel is watched with."""
+        mean = self.statistics["abs_mean"]
+        if mean <= BANDS["float32"].healthy_max:
+            return f"a mean of {mean:.2g} nats a token is rounding, in float32 too"
+        if mean <= BANDS["bfloat16"].healthy_max:
+            return (
+                f"a mean of {mean:.2g} nats a token is usual in bfloat16; in float32 rounding alone stays below "
+                f"{BANDS['float32'].healthy_max:.0e}, so there something else differs"
+            )
+        return (
+            f"a mean of {mean:.2g} nats a token is more than rounding explains in any type (bfloat16: "
+            f"{BANDS['bfloat16'].healthy_max:g}); keel preflight looks for the cause"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values; what is not finite is null, secrets are taken out."""
         value = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
+            "verdict": self.verdict,
             "recomputed": self.recomputed,
             "num_sequences": self.num_sequences,
             "num_trajectories": self.num_trajectories,
@@ -84,10 +102,11 @@ class GapReport:
         counts = f"{self.num_tokens:,} drawn tokens of {self.num_sequences:,} sequences"
         parts = [
             f"{self.kind}: {counts}{side}",
+            self.verdict,
             "",
             *_table(("d = learner - engine, in nats", "value"), self._own_rows()),
             "",
-            *_table(("the same, as others call it", "of", "value", "", "healthy"), self._peer_rows()),
+            *_table(("the same, as others call it", "of", "value", "", "healthy, they say"), self._peer_rows()),
             "",
             *_table(("what a correction would have done", "masked", "capped", "lost", "mean", "ESS"), self._effects()),
             f"(masked, capped: of tokens; lost: trajectories with nothing left; {without})",
@@ -101,7 +120,7 @@ class GapReport:
         return "".join(
             (
                 cells.table(f"{self.kind}: {self.num_tokens:,} drawn tokens", ("figure", "value"), self._own_rows()),
-                cells.table("as others call it", ("name", "of", "value", "", "healthy"), self._peer_rows()),
+                cells.table("as others call it", ("name", "of", "value", "", "healthy, they say"), self._peer_rows()),
                 cells.table(
                     "what a correction would have done",
                     ("correction", "masked", "capped", "trajectories lost", "mean weight", "ESS"),

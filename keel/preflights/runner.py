@@ -184,7 +184,9 @@ def told_by_checks(checks: Iterable[Check], known: Iterable[Attribution]) -> Ite
         groups = each.details.get("stale", []) if cause == "stale_tensor_group" else [""]
         for group in groups:
             if (cause, group) not in named and WITHOUT_EFFECT.get(group) not in causes:
-                yield Attribution(cause, "engine", 1.0, each.figure or 0.0, 0.0, group=group, text=each.reason)
+                gaps: Mapping[str, float] = each.details.get("gaps", {})
+                gap = gaps.get(group) or max(gaps.values(), default=each.figure or 0.0)
+                yield Attribution(cause, "engine", 1.0, gap, 0.0, group=group, text=each.reason)
 
 
 def versions() -> dict[str, str]:

@@ -157,6 +157,8 @@ def _level(ending: Ending, rows: Sequence[Row], found: Sequence[Finding], gained
 
 def _sentences(ending: Ending, rows: Sequence[Row], found: Sequence[Finding], gained: Progress) -> list[str]:
     told = [_ended(ending)] if ending.state != "completed" else []
+    if any(finding.rule == "planted_faults" for finding in found):
+        told.append("Faults were planted in it on purpose.")
     if not rows:
         return [*told, "No step has finished, so there is nothing to judge yet."]
     worst = found[0] if found and found[0].severity != "note" else None

@@ -164,6 +164,8 @@ def test_options_without_an_id_belong_to_the_default_plugin():
         ('[algo]\nloss = "math:pi"', "run.toml:2", "function or a class"),
         ('[env]\nid = "CalculatorEnv"\n[env.options]\nnum_task = 3', "run.toml:4", "did you mean 'num_tasks'?"),
         ('[env]\nid = "keel.envs.base:Env"\n[warm_start]\nsteps = 5', "run.toml:4", "demonstrations"),
+        ('[engine]\nid = "vlm"', "run.toml:2", "did you mean 'vllm'?"),
+        ('[engine]\nid = "sglang"', "run.toml:2", "known: embedded, vllm"),
         ('[engine]\nid = "keel.engines.base:Engin"', "run.toml:2", "did you mean 'Engine'?"),
     ],
 )

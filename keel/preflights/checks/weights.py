@@ -56,6 +56,7 @@ def check_weights(context: Context) -> Iterator[Check]:
     stale: list[str] = []
     unseen: list[str] = []
     left: dict[str, float] = {}
+    gaps: dict[str, float] = {}
     version = stack.engine.health().policy_version
     noise = context.noise().threshold
     before = _by_trainer(context, sequences)
@@ -75,7 +76,7 @@ def check_weights(context: Context) -> Iterator[Check]:
                 effect, gap, moved = _pushed(context, sender, sequences, version, before, start)
             if effect > 4 * noise:
                 break
-        left[group] = gap / max(effect, 1e-30)
+        left[group], gaps[group] = gap / max(effect, 1e-30), gap
         if effect <= 2 * noise:
             unseen.append(group)
         elif (gap > max(FOLLOWS * effect, noise)) if agrees else (moved < min(MOVES * effect, noise)):
@@ -104,6 +105,7 @@ def check_weights(context: Context) -> Iterator[Check]:
         cause="" if not stale else "stale_version" if follows_none else "stale_tensor_group",
         unseen=unseen,
         left=left,
+        gaps=gaps,
     )
 
 

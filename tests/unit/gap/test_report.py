@@ -36,6 +36,22 @@ def test_the_table_has_every_figure_and_says_what_is_above_its_band():
     assert "id 3" in text  # without a tokenizer
 
 
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [(2e-7, "is rounding, in float32 too"), (1e-3, "is usual in bfloat16"), (0.2, "more than rounding explains")],
+)
+def test_the_verdict_is_by_the_bands_of_a_run(gap, words):
+    """The bands of others are wide: slime calls a mean difference of 0.05 healthy in any type."""
+    report = measure(log(gap=gap))
+    assert words in report.verdict
+    assert str(report).splitlines()[1] == report.verdict == report.to_json()["verdict"]
+
+
+def test_a_model_that_was_not_needed_is_told(tmp_path):
+    notes = keel.mismatch(ARRAYS, model=tmp_path).notes
+    assert notes == (f"{tmp_path} was not used: the log has the learner's log-probs",)
+
+
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_what_a_model_wrote_is_neither_obeyed_nor_a_line_of_its_own(name):
     report = measure(log(where=HOSTILE[name][:2000]), words=lambda ids: HOSTILE[name], worst=3)

@@ -73,6 +73,20 @@ def test_how_it_ended_is_said_first(make_rows, state, reason, level, words):
     assert found["text"].startswith(words)
 
 
+def test_that_faults_were_planted_is_said_before_what_they_did(make_rows):
+    rows = make_rows(60, **{"policy/recompute_max_dev": 0.4})
+    alarm = {
+        **{name: rows[0][name] for name in ("stage", "step")},
+        "rule": "planted_faults",
+        "severity": "warn",
+        "text": "...",
+        "first_step": rows[0]["step"],
+    }
+    found = find(rows, [alarm], bands(TrainConfig()), updates_per_batch=1)
+    text = verdict(DONE, rows, found, EVALS)["text"]
+    assert text.startswith("Faults were planted in it on purpose. Not reproducible at step 0:")
+
+
 def test_a_running_run_that_is_broken_is_bad(make_rows):
     rows = make_rows(60, **{"policy/recompute_max_dev": 0.4})
     found = judge(rows, Ending("running", "", 60, 100))
