@@ -23,10 +23,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from keel.ops.experts_gate import ExpertsGate, activate, reaches_limit
-from keel.ops.experts_one import OneExpert, adapters_of, gates_first_adapter, right_factor
-from keel.ops.low_rank import LowRank, add_low_rank_
-from keel.ops.matmul import padded_rows, product
+from keel.ops.experts_gate import ExpertsGate, activate, halves, reaches_limit
+from keel.ops.experts_one import ExpertBackward, OneExpert, is_turned
+from keel.ops.experts_pieces import piece_plan
+from keel.ops.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +196,6 @@ def sum_of_rows(table: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor |
     return functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
 
 
-def _gates_first(bias: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
-    """`[.., 2I]` biases, gates before ups."""
-    return torch.cat((bias[..., ::2], bias[..., 1::2]), dim=-1) if layout.interleaved else bias
-
-
 class SortedExperts(torch.autograd.Function):
     """Keeps the first projection's outputs `[S, 2I]`; everything else is made again in the backward pass."""
 
@@ -214,30 +209,24 @@ class SortedExperts(torch.autograd.Function):
         scalings: tuple[float, float],
         *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
-        gate_up, gate_up_bias, down, down_bias, *factors = parameters
+        gate_up = parameters[0]
         assert gate_up is not None
-        assert down is not None
-        segments = sort_by_expert(chosen, gate_up.shape[0], fill=padded_rows if hidden.device.type == "cpu" else None)
-        first_bias = None if gate_up_bias is None else _gates_first(gate_up_bias, layout)
-        first_adapter, second_adapter = adapters_of(factors, scalings)
-        pres: list[torch.Tensor] = []  # [n, 2I] of each busy expert, gates before ups
+        plan = piece_plan(hidden, gate_up)
+        segments = sort_by_expert(chosen, gate_up.shape[0], fill=plan.fill)
+        pres: list[torch.Tensor] = []  # [n, 2I] of each piece
         results: list[torch.Tensor] = []  # [n, Hd] of each
         clamped: list[bool] = []
         for expert, rows in busy(segments):
-            x = hidden.index_select(0, segments.tokens[rows])
-            factor = right_factor(gate_up[expert], layout, interleaved=layout.interleaved)
-            bias = None if first_bias is None else first_bias[expert]
-            pres.append(product(x, factor, rows=x.shape[0], bias=bias))
-            add_low_rank_(pres[-1], x, gates_first_adapter(first_adapter[expert], layout) if first_adapter else None)
-            clamped.append(reaches_limit(pres[-1], layout))
-            gate, up = pres[-1].chunk(2, dim=-1)
-            act = activate(gate, up, layout, clamp=clamped[-1]).to(hidden.dtype)
-            factor = right_factor(down[expert], layout, interleaved=False)
-            bias = None if down_bias is None else down_bias[expert]
-            results.append(product(act, factor, rows=x.shape[0], bias=bias))
-            add_low_rank_(results[-1], act, second_adapter[expert] if second_adapter else None)
+            turned = is_turned(layout, rows.stop - rows.start, hidden.shape[1])
+            one = OneExpert([None if p is None else p[expert] for p in parameters], scalings, layout, turned=turned)
+            for piece in plan.pieces(rows):
+                x = hidden.index_select(0, segments.tokens[piece])
+                pres.append(one.project(x))
+                clamped.append(reaches_limit(pres[-1], layout))
+                gate, up = halves(pres[-1], in_pairs=one.in_pairs)
+                results.append(one.result(activate(gate, up, layout, clamp=clamped[-1]).to(hidden.dtype)))
         ctx.save_for_backward(hidden, weights, *parameters, *pres)
-        ctx.segments, ctx.layout, ctx.clamped, ctx.scalings = segments, layout, clamped, scalings
+        ctx.segments, ctx.layout, ctx.clamped, ctx.scalings, ctx.plan = segments, layout, clamped, scalings, plan
         return sum_of_rows(joined(results, hidden), segments.rows, weights.to(hidden.dtype))
 
     @staticmethod
@@ -253,18 +242,24 @@ class SortedExperts(torch.autograd.Function):
         sorted_weights[segments.rows.view(-1)] = weights.reshape(-1)
         grads_x: list[torch.Tensor] = []
         grad_weights: list[torch.Tensor] = []
-        pieces = zip(busy(segments), pres, ctx.clamped, strict=True)
-        for (expert, rows), pre, clamp in pieces:
-            tokens = segments.tokens[rows]
-            x, g = hidden.index_select(0, tokens), grad_out.index_select(0, tokens)
-            one = OneExpert(
+        kept = zip(pres, ctx.clamped, strict=True)
+        for expert, rows in busy(segments):
+            pieces = ctx.plan.pieces(rows)
+            one = ExpertBackward(
                 [None if p is None else p[expert] for p in parameters],
                 [None if d is None else d[expert] for d in grads],
                 ctx.scalings,
+                ctx.layout,
+                turned=is_turned(ctx.layout, rows.stop - rows.start, hidden.shape[1]),
+                num_pieces=len(pieces),
             )
-            grad_x, grad_weight = one.backward(x, g, sorted_weights[rows], pre, ctx.layout, clamp=clamp)
-            grads_x.append(grad_x)
-            grad_weights.append(grad_weight)
+            for piece, (pre, clamp) in zip(pieces, kept, strict=False):
+                tokens = segments.tokens[piece]
+                x, g = hidden.index_select(0, tokens), grad_out.index_select(0, tokens)
+                grad_x, grad_weight = one.piece(x, g, sorted_weights[piece], pre, clamp=clamp)
+                grads_x.append(grad_x)
+                grad_weights.append(grad_weight)
+            one.finish()
         for expert in _idle(segments):
             for grad in grads:
                 if grad is not None:

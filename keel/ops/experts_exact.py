@@ -20,8 +20,9 @@ from keel.ops.experts import (
     sort_by_expert,
     sum_of_rows,
 )
-from keel.ops.experts_gate import reaches_limit, wide
-from keel.ops.experts_one import adapters_of
+from keel.ops.experts_gate import halves, reaches_limit, wide
+from keel.ops.experts_one import OneExpert, gates_first, is_turned
+from keel.ops.experts_pieces import PiecePlan
 from keel.ops.low_rank import add_low_rank_
 from keel.ops.matmul import product_in_tiles
 from keel.ops.numerics import silu, whole_tiles
@@ -47,33 +48,31 @@ class ExactExperts(SortedExperts):
         scalings: tuple[float, float],
         *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
-        gate_up, gate_up_bias, down, down_bias, *factors = parameters
+        gate_up = parameters[0]
         assert gate_up is not None
-        assert down is not None
+        plan = PiecePlan(0, filled=False)
         segments = sort_by_expert(chosen, gate_up.shape[0], fill=whole_tiles)
-        first_adapter, second_adapter = adapters_of(factors, scalings)
-        pres: list[torch.Tensor] = []  # [n, 2I] of each busy expert, gates before ups
+        pres: list[torch.Tensor] = []  # [n, 2I] of each busy expert
         results: list[torch.Tensor] = []  # [n, Hd] of each
         clamped: list[bool] = []
         for expert, rows in busy(segments):
             x = hidden.index_select(0, segments.tokens[rows])
-            first = gate_up[expert] if layout.transposed else gate_up[expert].t()
-            pre = product_in_tiles(x, first, None if gate_up_bias is None else gate_up_bias[expert])
-            add_low_rank_(pre, x, first_adapter[expert] if first_adapter else None)
-            pres.append(torch.cat((pre[:, ::2], pre[:, 1::2]), dim=-1) if layout.interleaved else pre)
-            clamped.append(reaches_limit(pres[-1], layout))
-            act = exact_activation(pres[-1], layout).to(hidden.dtype)
-            second = down[expert] if layout.transposed else down[expert].t()
-            results.append(product_in_tiles(act, second, None if down_bias is None else down_bias[expert]))
-            add_low_rank_(results[-1], act, second_adapter[expert] if second_adapter else None)
+            one = OneExpert([None if p is None else p[expert] for p in parameters], scalings, layout, turned=False)
+            pre = product_in_tiles(x, one.first, one.first_bias)
+            add_low_rank_(pre, x, one.first_adapter)
+            clamped.append(reaches_limit(pre, layout))
+            act = exact_activation(pre, layout).to(hidden.dtype)
+            results.append(product_in_tiles(act, one.second, one.second_bias))
+            add_low_rank_(results[-1], act, one.second_adapter)
+            pres.append(gates_first(pre) if is_turned(layout, x.shape[0], hidden.shape[1]) else pre)
         ctx.save_for_backward(hidden, weights, *parameters, *pres)
-        ctx.segments, ctx.layout, ctx.clamped, ctx.scalings = segments, layout, clamped, scalings
+        ctx.segments, ctx.layout, ctx.clamped, ctx.scalings, ctx.plan = segments, layout, clamped, scalings, plan
         return sum_of_rows(joined(results, hidden), segments.rows, weights.to(hidden.dtype))
 
 
 def exact_activation(pre: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
-    """The gate of `pre [n, 2I]`, gates before ups, n whole tiles: silu apart from plain products and sums."""
-    gate, up = (half.contiguous() for half in wide(pre).chunk(2, dim=-1))
+    """The gate of `pre [n, 2I]` as stored, n whole tiles: silu apart from plain products and sums."""
+    gate, up = (half.contiguous() for half in halves(wide(pre), in_pairs=layout.interleaved))
     if layout.limit is not None:
         gate, up = gate.clamp(max=layout.limit), up.clamp(min=-layout.limit, max=layout.limit)
     opened = silu(gate * layout.alpha) / layout.alpha

@@ -35,6 +35,14 @@ def reaches_limit(pre: torch.Tensor, gating: ExpertsGate) -> bool:
     return not (high <= gating.limit and low >= -gating.limit)
 
 
+def halves(pre: torch.Tensor, *, in_pairs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up of `pre [.., 2I]`, views of it: it holds gate0, up0, gate1, ... or all gates before all ups."""
+    if in_pairs:
+        return pre[..., ::2], pre[..., 1::2]
+    gate, up = pre.chunk(2, dim=-1)
+    return gate, up
+
+
 @dataclass(frozen=True)
 class OpenedGate:
     """A gate half way: `opened` = gate' * sigmoid(alpha * gate'), of `scaled` = alpha * gate', and the clamped `up`."""
@@ -68,14 +76,16 @@ def activate(gate: torch.Tensor, up: torch.Tensor, gating: ExpertsGate, *, clamp
 
 
 def activate_backward(
-    grad_act: torch.Tensor, half: OpenedGate, pre: torch.Tensor, gating: ExpertsGate, *, clamp: bool
+    grad_act: torch.Tensor, half: OpenedGate, pre: torch.Tensor, gating: ExpertsGate, *, clamp: bool, in_pairs: bool
 ) -> torch.Tensor:
     """Gradient `[n, 2I]` of `pre` from that of the activation; `grad_act` and `half` are consumed."""
     grad_up = half.opened.mul_(grad_act)
     grad_gate = grad_act.mul_(half.up + gating.offset if gating.offset else half.up)
     grad_gate = torch.ops.aten.silu_backward(grad_gate, half.scaled)
     if clamp and gating.limit is not None:
-        gate, up = pre.chunk(2, dim=-1)
+        gate, up = halves(pre, in_pairs=in_pairs)
         grad_gate.masked_fill_(gate > gating.limit, 0.0)
         grad_up.masked_fill_(up.abs() > gating.limit, 0.0)
+    if in_pairs:
+        return torch.stack((grad_gate, grad_up), dim=-1).flatten(-2).to(pre.dtype)
     return torch.cat((grad_gate, grad_up), dim=-1).to(pre.dtype)

@@ -21,6 +21,9 @@ from keel.ops.numerics import TILE_ROWS, is_exact
 MIN_ROWS = 32
 """Below this, a call costs more than its product."""
 MIN_COLUMNS = 16
+LARGE = 2**22
+"""Numbers; more in float32 than the allocator keeps for the next time."""
+FEW_ROWS = 192
 _STEPS = 8
 
 
@@ -41,6 +44,18 @@ def product(left: torch.Tensor, right: torch.Tensor, *, rows: int, bias: torch.T
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
         return made
     return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+def product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, rows: int) -> None:
+    """`product` without a bias, written into `out [M, N]`.
+
+    oneDNN's product cannot be told where to write. A large one is made anew each time, in memory that the system must
+    first clear, which takes longer than a product over few rows saves.
+    """
+    if _goes_to_onednn(left, rows) and not (out.numel() > LARGE and rows < FEW_ROWS):
+        out.copy_(product(left, right, rows=rows))
+    else:
+        torch.mm(left, right, out=out)
 
 
 def product_in_tiles(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
