@@ -47,14 +47,14 @@ class Predictor:
         self.base = self.rows.logprobs(self.base_logits)
 
     def logprobs(self, hypotheses: Sequence[Hypothesis]) -> Array:
-        """`[N]`; at most one of the hypotheses may be about the reading."""
+        """`[N]`; any two of the hypotheses must be compatible."""
         changes = tuple(each.change for each in hypotheses if each.change is not None)
-        readings = [each.reading for each in hypotheses if each.reading is not None]
+        readings = tuple(each.reading for each in hypotheses if each.reading is not None)
         readout = Readout()
         for each in hypotheses:
             if each.readout is not None:
                 readout = _both(readout, each.readout)
-        logits = self._logits(changes, readings[0] if readings else None)
+        logits = self._logits(changes, readings)
         found = self.rows.logprobs(logits, readout)
         if readout.replies is None:
             return found
@@ -65,26 +65,26 @@ class Predictor:
     def noise(self, dtype: str) -> float:
         """Level of rounding: `dtype` against float32, or float32 against float64."""
         change = Change("bfloat16") if dtype == "bfloat16" else Change("float64")
-        return level(self.rows.logprobs(self._logits((change,), None)) - self.base)
+        return level(self.rows.logprobs(self._logits((change,), ())) - self.base)
 
-    def _logits(self, changes: tuple[Change, ...], reading: Reading | None) -> torch.Tensor:
-        key = (changes, reading)
-        if not changes and reading is None:
+    def _logits(self, changes: tuple[Change, ...], readings: tuple[Reading, ...]) -> torch.Tensor:
+        key = (changes, readings)
+        if not changes and not readings:
             return self.base_logits
         if key not in self._kept:
-            self._kept[key] = self._pass(changes, reading)
+            self._kept[key] = self._pass(changes, readings)
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > CACHED_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _pass(self, changes: tuple[Change, ...], reading: Reading | None) -> torch.Tensor:
-        if reading is None:
+    def _pass(self, changes: tuple[Change, ...], readings: tuple[Reading, ...]) -> torch.Tensor:
+        if not readings:
             return self.reference.logits(self._feeds, changes)
-        if reading.kind == "routes":
-            side: Side = "learner" if reading.token else "engine"
+        if readings[0].kind == "routes":
+            side: Side = "learner" if readings[0].token else "engine"
             return self.reference.logits(self._with_routes(side), changes)
-        feeds, targets = read_otherwise(reading, self.evidence, self.facts)
+        feeds, targets = read_otherwise(readings, self.evidence, self.facts)
         logits = self.base_logits.clone()
         logits[torch.tensor(targets)] = self.reference.logits(feeds, changes)
         return logits

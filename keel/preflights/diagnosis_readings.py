@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,12 @@ class Reading:
     token: int = 0
 
 
+def together(first: Reading, second: Reading) -> bool:
+    """Can a sequence be read in both ways at once, and say two things?"""
+    alone = ("routes", "without_ends")
+    return first.kind != second.kind and first.kind not in alone and second.kind not in alone
+
+
 def readable(reading: Reading, evidence: Evidence, facts: StackFacts) -> bool:
     """Does `reading` say anything else than what was shown, for any sequence?"""
     if reading.kind == "without_ends":
@@ -42,71 +48,89 @@ def readable(reading: Reading, evidence: Evidence, facts: StackFacts) -> bool:
         shown = tuple(int(token) for token in sequence.token_ids)
         if any(
             feed.positions is not None or feed.token_ids != shown[:stop]
-            for feed, _, stop in _feeds(reading, sequence, facts)
+            for feed, _, stop in _feeds((reading,), sequence, facts)
         ):
             return True
     return False
 
 
-def read_otherwise(reading: Reading, evidence: Evidence, facts: StackFacts) -> tuple[list[Feed], list[int]]:
-    """Feeds of all replies, and for each of their wanted rows its place in the rows of `Evidence.feeds`."""
+def read_otherwise(readings: Sequence[Reading], evidence: Evidence, facts: StackFacts) -> tuple[list[Feed], list[int]]:
+    """Feeds of all replies, and for each of their wanted rows its place in the rows of `Evidence.feeds`.
+
+    Of several `readings` any two must be possible `together`.
+    """
     feeds, targets, first = [], [], 0
+    whole = all(reading.kind in WHOLE for reading in readings)
     for index, sequence in enumerate(evidence.sequences):
         places = evidence.places(sequence)
-        if reading.kind == "without_ends":
+        if readings[0].kind == "without_ends":
             feed, told = _without(sequence, evidence.lost_ends(index))
             feeds.append(feed)
             targets += [first + places.index(place) for place in told]
             first += len(places)
             continue
         row_of = {place: first + row for row, place in enumerate(places)}
-        for feed, start, _ in _feeds(reading, sequence, facts):
+        for feed, start, _ in _feeds(readings, sequence, facts):
             feeds.append(feed)
             own = range(start, start + len(feed.wanted))
-            targets += [row_of[place] for place in (places if reading.kind in WHOLE else own)]
+            targets += [row_of[place] for place in (places if whole else own)]
         first += len(places)
     return feeds, targets
 
 
-def _feeds(reading: Reading, sequence: ProbeSequence, facts: StackFacts) -> Iterator[tuple[Feed, int, int]]:
+def _feeds(readings: Sequence[Reading], sequence: ProbeSequence, facts: StackFacts) -> Iterator[tuple[Feed, int, int]]:
     """For each reply what was fed for it, where its first token stands in the sequence, and where it stops."""
     shown = tuple(int(token) for token in sequence.token_ids)
-    if reading.kind in WHOLE:
-        yield _whole(reading, sequence, shown)
+    if all(reading.kind in WHOLE for reading in readings):
+        yield _whole(readings, sequence, shown)
         return
+    before, missing = _in_front(readings, sequence)
     for number, reply in enumerate(sequence.replies):
-        context = _context(reading, sequence, shown, number, facts)
+        context = before + _context(readings, sequence, shown, number, facts)[missing:] or shown[:1]
         tokens = context + shown[reply.start : reply.stop]
-        first = len(context)
-        if first == 0:
-            context, tokens, first = shown[:1], shown[:1] + tokens, 1
-        wanted = tuple(range(first - 1, len(tokens) - 1))
-        yield Feed(tokens, wanted, _positions(reading, sequence, len(tokens))), reply.start, reply.stop
+        wanted = tuple(range(len(context) - 1, len(tokens) - 1))
+        first_reply = min(sequence.replies[0].start + len(before) - missing, len(context))
+        yield Feed(tokens, wanted, _positions(readings, first_reply, len(tokens))), reply.start, reply.stop
 
 
-def _context(reading: Reading, sequence: ProbeSequence, shown: Tokens, number: int, facts: StackFacts) -> Tokens:
+def _in_front(readings: Sequence[Reading], sequence: ProbeSequence) -> tuple[Tokens, int]:
+    """What stands before the sequence, and how many of its first tokens are missing."""
+    before: Tokens = ()
+    missing = 0
+    for reading in readings:
+        if reading.kind == "pads":
+            before = (reading.token,) * reading.value
+        elif reading.kind == "without_first":
+            missing = min(reading.value, sequence.replies[0].start - 1)
+    return before, missing
+
+
+def _context(
+    readings: Sequence[Reading], sequence: ProbeSequence, shown: Tokens, number: int, facts: StackFacts
+) -> Tokens:
     start = sequence.replies[number].start
-    if reading.kind == "without_last":
-        return shown[: start - reading.value]
-    if reading.kind == "forgotten":
-        return shown[sequence.replies[number - 1].stop : start] if number else shown[:start]
+    forgotten = number > 0 and any(reading.kind == "forgotten" for reading in readings)
+    done = sequence.replies[number - 1].stop if forgotten else 0
     parts: list[int] = []
-    done = 0
-    for reply in sequence.replies[:number]:
-        parts += [*shown[done : reply.start], *_again(reading, shown[reply.start : reply.stop], facts)]
+    for reply in () if forgotten else sequence.replies[:number]:
+        again = shown[reply.start : reply.stop]
+        for reading in readings:
+            again = _again(reading, again, facts)
+        parts += [*shown[done : reply.start], *again]
         done = reply.stop
-    return (*parts, *shown[done:start])
+    context = (*parts, *shown[done:start])
+    lost = sum(reading.value for reading in readings if reading.kind == "without_last")
+    return context[: max(0, len(context) - lost)]
 
 
-def _whole(reading: Reading, sequence: ProbeSequence, shown: Tokens) -> tuple[Feed, int, int]:
+def _whole(readings: Sequence[Reading], sequence: ProbeSequence, shown: Tokens) -> tuple[Feed, int, int]:
     start = sequence.replies[0].start
-    before = (reading.token,) * reading.value if reading.kind == "pads" else ()
-    missing = min(reading.value, start - 1) if reading.kind == "without_first" else 0
+    before, missing = _in_front(readings, sequence)
     tokens = before + shown[missing:]
     moved = len(before) - missing
     places = [reply_place for each in sequence.replies for reply_place in range(each.start, each.stop)]
     wanted = tuple(place + moved - 1 for place in places)
-    return Feed(tokens, wanted, _positions(reading, sequence, len(tokens))), start, len(shown)
+    return Feed(tokens, wanted, _positions(readings, start + moved, len(tokens))), start, len(shown)
 
 
 def _without(sequence: ProbeSequence, lost: list[int]) -> tuple[Feed, list[int]]:
@@ -127,10 +151,13 @@ def _again(reading: Reading, reply: Tokens, facts: StackFacts) -> Tokens:
     return reply
 
 
-def _positions(reading: Reading, sequence: ProbeSequence, length: int) -> Tokens | None:
-    if reading.kind == "gap":
-        start = sequence.replies[0].start
-        return tuple(place + reading.value * (place >= start) for place in range(length))
-    if reading.kind == "stretched":
-        return tuple(place * reading.value for place in range(length))
-    return None
+def _positions(readings: Sequence[Reading], first_reply: int, length: int) -> Tokens | None:
+    places: Tokens | None = None
+    for reading in readings:
+        if reading.kind == "gap":
+            places = tuple(
+                place + reading.value * (index >= first_reply) for index, place in enumerate(places or range(length))
+            )
+        elif reading.kind == "stretched":
+            places = tuple(place * reading.value for place in places or range(length))
+    return places

@@ -15,6 +15,7 @@ import numpy as np
 from keel.preflights.diagnosis_evidence import Array
 from keel.preflights.diagnosis_hypotheses import Hypothesis
 from keel.preflights.diagnosis_predict import Predictor, level
+from keel.preflights.diagnosis_readings import together
 
 COUNTED = ("pads", "without_first", "without_last", "gap")
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
@@ -179,7 +180,9 @@ class Search:
 
 def compatible(first: Hypothesis, second: Hypothesis) -> bool:
     """Can both be true, and say two things?"""
-    if first.cause == second.cause or (first.reading is not None and second.reading is not None):
+    if first.cause == second.cause:
+        return False
+    if first.reading is not None and second.reading is not None and not together(first.reading, second.reading):
         return False
     if {first.cause, second.cause} in ({"window_off", "window_off_by_one"}, {"stale_version", "stale_tensor_group"}):
         return False

@@ -298,6 +298,7 @@ PAIRS = [
         {"window_off_by_one", "wrong_padding"},
         lambda path: told_by(load(path, sliding_window=8), before=(0,) * 3),
     ),
+    ("gpt_oss", {"wrong_padding", "wrong_template"}, lambda path: told_by(load(path), before=(0,) * 4, without=2)),
     ("qwen3", {"wrong_rope_scaling", "wrong_template"}, lambda path: told_by(with_theta(path, 0.4), without=2)),
     (
         "qwen3_moe",
