@@ -49,6 +49,7 @@ from keel.monitor.planted import PlantedFaults
 from keel.monitor.progress import ChildProcess, Progress, Watched
 from keel.monitor.rules import Monitor, make_monitor
 from keel.ops.numerics import deterministic_algorithms
+from keel.performance import UNKNOWN_PEAK, Peak, peak_of
 from keel.plan import describe_start, make_plan, read_model_config
 from keel.report.live import LiveReport
 from keel.rewards.base import Reward
@@ -99,6 +100,7 @@ class Parts:
     frees_cache: bool = False  # whether the engine gives its keys and values back while the learner learns
     planted: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of faults on purpose, for every row
     identity: ModelIdentity | None = None  # of the model's files, without its weights
+    peak: Peak = UNKNOWN_PEAK  # what `perf/mfu` is a share of
 
     def watch(self, progress: Progress, stage: Stage, step: int) -> StepWatch:
         """A step begins, and is watched from now on."""
@@ -182,7 +184,8 @@ def build(config: TrainConfig, env: EnvSource | None, run: RunLog) -> Iterator[P
     factory = prepare(config, env)
     model = starting_model(config, factory, run.paths.root)
     save_sources(config, run.paths.root / "sources")
-    run.note_environment(threads=torch.get_num_threads(), device=describe_device(resolve_device(config.device)))
+    device = describe_device(resolve_device(config.device))
+    run.note_environment(threads=torch.get_num_threads(), device=device, peak=dataclasses.asdict(peak_of(config)))
     run.note(describe_start(make_plan(config)))
     if told := describe_planted(config.engine.distortions, config.learner.distortions):
         run.note(f"warning: {told}")
@@ -229,7 +232,7 @@ def assemble(
         planted = planted_metrics(config.engine.distortions, config.learner.distortions)
         monitor = make_monitor(config.monitor, [EngineApart(bands(config)[MISMATCH]), PlantedFaults()])
         consistency = Consistency(config.monitor, tokenizer.decode)
-        told = (frees, planted, identity)
+        told = (frees, planted, identity, peak_of(config))
         yield Parts(learner, engine, collector, sources, monitor, consistency, publisher, loop, device, *told)
 
 

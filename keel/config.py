@@ -164,6 +164,12 @@ class LearnerConfig(Section):
         description="compute what the sequences of a micro-batch have in common (a group's prompt) once; auto: where "
         "the model can and it saves a tenth of the tokens; never in exact numerics",
     )
+    peak_tflops: float = Field(
+        0.0,
+        ge=0,
+        description="what one device can do in model.dtype, 10^12 operations a second, for perf/mfu; 0: the data sheet "
+        "of a known card, measured on a CPU",
+    )
     distortions: tuple[Distortion, ...] = Field(
         (), description="faults planted in the learner on purpose (docs/faults.md); likewise"
     )

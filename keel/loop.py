@@ -19,6 +19,7 @@ from keel.monitor.progress import Watch
 from keel.monitor.rules import Monitor
 from keel.monitor.runlog import RunLog
 from keel.monitor.summary import RunSummary, completed_run
+from keel.performance import performance
 from keel.records import largest_sizes, write_records
 from keel.report.live import complete_report
 from keel.types import Group, Verdict
@@ -96,7 +97,7 @@ def train_step(config: TrainConfig, run: RunLog, parts: Parts, stage: Stage, ste
     write_records(run, config, stage, step, groups, batch, updates)
     gap = parts.consistency.look(step, batch, updates)
     row = {**source.metrics, **mean_metrics(updates), **gap.metrics, **stats, **published, **watch.figures()}
-    run.log_step(step, row, stage=stage.name)
+    run.log_step(step, {**row, **performance(row, config, parts.peak)}, stage=stage.name)
     run.log_worst_tokens(gap.rows(), step=step, stage=stage.name)
     for alarm in parts.monitor.watch(stage.name, step, row):
         run.log_alarm(alarm, step=step, stage=stage.name)
@@ -193,6 +194,8 @@ SEVERITY = ("go", "skip", "stop")
 AFTER_STOP = Verdict("skip", "an earlier update of the same batch stopped the run")
 COUNTS = (
     "policy/loss_tokens",
+    "learner/tokens",
+    "learner/tflop",
     "learner/shared_tokens",
     "mismatch/outliers",
     "mismatch/outliers_routed",

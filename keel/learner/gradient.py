@@ -20,6 +20,7 @@ from keel.config import AlgoConfig, Plugin
 from keel.learner.mismatch import add_mismatch, add_replay, add_support, mismatch_metrics, replay_metrics
 from keel.learner.replay import ReplayingPolicy
 from keel.learner.stats import Stats, ratio_deviation
+from keel.models.flops import FlopCount
 from keel.models.policy import TokenOutputs
 
 
@@ -55,12 +56,14 @@ class Objective:
         recompute: bool,
         balance: Balance | None = None,
         idle: bool = False,
+        flops: FlopCount | None = None,
     ) -> dict[str, torch.Tensor]:
         """Add the micro-batch's gradient to the parameters' and its sums to `stats`; returns `Update.streams` of it.
 
         The loss is over the whole update's `denominator`; the gradient is that of `scale` times it, because averaging
         over ranks divides by their number. With `recompute` an independent pass without gradient is compared. `balance`
-        adds the load-balancing loss. An `idle` micro-batch only keeps the ranks in step: nothing of it counts.
+        adds the load-balancing loss, `flops` says what the passes take. An `idle` micro-batch only keeps the ranks in
+        step: nothing of it counts.
         """
         outputs = policy(
             micro_batch,
@@ -80,8 +83,7 @@ class Objective:
         (loss * scale).backward()
         mask = micro_batch.loss_mask
         stats.add_total("loss", loss)
-        stats.add_total("rows", loss.new_tensor(micro_batch.num_tokens * (not idle)))
-        stats.add_total("shared_rows", loss.new_tensor((micro_batch.num_tokens - outputs.num_computed) * (not idle)))
+        _add_work(stats, micro_batch, outputs, flops, idle=idle)
         if outputs.entropy is not None:
             stats.add("entropy", outputs.entropy, mask)
         stats.peak("ratio_max_dev", ratio_deviation(detached, old), mask)
@@ -172,6 +174,16 @@ class Objective:
         return result.weights
 
 
+def _add_work(
+    stats: Stats, micro_batch: MicroBatch, outputs: TokenOutputs, flops: FlopCount | None, *, idle: bool
+) -> None:
+    """Rows of the batch, those that were computed, and the operations that these take."""
+    positions = micro_batch.positions if outputs.computed is None else micro_batch.positions[outputs.computed]
+    taken = 0.0 if flops is None else flops.training(positions)
+    for name, count in (("rows", micro_batch.num_tokens), ("computed_rows", len(positions)), ("flops", taken)):
+        stats.add_total(name, torch.tensor(0.0 if idle else float(count), dtype=torch.float64, device=positions.device))
+
+
 def bound_corrections(algo: AlgoConfig) -> tuple[BoundCorrection, ...]:
     """The functions of `algo.correction` with their options, in order. Raises PluginError as `bound` does."""
     return bound(algo.correction, "keel.algo.correction", "correction")
@@ -203,8 +215,10 @@ def update_metrics(
         "policy/loss_tokens": num_tokens,
     }
     if sums.get("rows"):
-        metrics["learner/shared_tokens"] = sums["shared_rows"]
-        metrics["learner/shared_share"] = sums["shared_rows"] / sums["rows"]
+        metrics["learner/tokens"] = sums["rows"]
+        metrics["learner/tflop"] = sums["flops"] / 1e12
+        metrics["learner/shared_tokens"] = sums["rows"] - sums["computed_rows"]
+        metrics["learner/shared_share"] = 1.0 - sums["computed_rows"] / sums["rows"]
     if recompute:
         metrics["policy/recompute_max_dev"] = maxima.get("recompute_max_dev", 0.0)
     if "kl" in sums:

@@ -37,6 +37,7 @@ from keel.learner.replay import (
 from keel.learner.stats import Stats
 from keel.models.adapter_files import AdapterError
 from keel.models.adapter_layout import adapter_layout
+from keel.models.flops import FlopCount
 from keel.models.lora import base_fingerprint
 from keel.models.policy import PolicyModel
 from keel.sync.base import WeightSource
@@ -99,6 +100,7 @@ class Learner:
         """`policy` as every pass of the learner runs it."""
         self.base = base_fingerprint(self.policy.model) if self.policy.adapter is not None else ""
         """Of the weights that an adapter is on, which are in no checkpoint; "" without one."""
+        self._flops = FlopCount.of(self.policy.model, self.policy.info)
         if self.ranks.mesh is not None:
             shard_policy(self.policy, _layers(self.policy), self.ranks.mesh)
         self._planting = ExitStack()
@@ -204,6 +206,7 @@ class Learner:
                     recompute=checked,
                     balance=balance,
                     idle=index is None,
+                    flops=self._flops,
                 )
                 self.optimizer.accumulate()
                 if index is not None:

@@ -47,11 +47,6 @@ class PaddedRows:
         """[U] int64, the row of the micro-batch that each real row is; None: the rows are the micro-batch's."""
         return None if self.shared is None else self.shared.computed
 
-    @property
-    def num_computed(self) -> int:
-        """How many rows are real."""
-        return self.num_tokens if self.shared is None else len(self.shared.computed)
-
     def for_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the trunk's states `[P, Hd]`, those that the head reads, `[P', Hd]`."""
         return hidden if self.head_index is None else gather_rows(hidden, self.head_index)

@@ -84,7 +84,7 @@ class TokenOutputs:
     router_logits: torch.Tensor | None = None  # [T, moe layers, E], with gradient
     own_support: TokenSupport | None = None  # of T labels; see `keel.models.own_support`
     support_differs: torch.Tensor | None = None  # [T] bool, the model's own cut would have left something else
-    num_computed: int = 0  # rows that the layers ran on: fewer than T where sequences begin alike and share that
+    computed: torch.Tensor | None = None  # [U] int64, the rows that the layers ran on, if these were not all T
 
 
 class PolicyModel(nn.Module):
@@ -269,7 +269,7 @@ class PolicyModel(nn.Module):
         outputs = TokenOutputs(
             rows.of_labels(logprobs),
             None if entropy is None else rows.of_labels(entropy),
-            num_computed=rows.num_computed,
+            computed=rows.computed,
         )
         if with_own_support or with_support_check:
             cut = (rows.of_inputs(hidden), self.head, micro_batch, self.head_chunk_tokens)

@@ -115,4 +115,4 @@ def _words(run: Run) -> TokenText | None:
 
 
 def _of_the_machine(name: str) -> bool:
-    return name in _HEAD or name in _CLOCKS or name.startswith(("time/", "memory/"))
+    return name in _HEAD or name in _CLOCKS or name.startswith(("time/", "memory/", "perf/"))

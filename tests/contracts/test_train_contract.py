@@ -20,7 +20,7 @@ from keel.loop import run_stages, train
 from keel.monitor.runlog import RunLog
 
 STEPS = 3
-SECONDS = ("_s", "_mib")  # what tells of time and memory differs from run to run
+SECONDS = ("_s", "_mib", "/mfu")  # what tells of time and memory differs from run to run
 
 
 class Sums(CalculatorEnv):

@@ -23,7 +23,7 @@ def steps_of(run_dir):
 
 
 def measured_apart(row):
-    return {name: value for name, value in row.items() if not name.endswith(("_s", "_mib"))}
+    return {name: value for name, value in row.items() if not name.endswith(("_s", "_mib", "/mfu"))}
 
 
 def small(make_config, run_dir, preset, dtype, **sections):

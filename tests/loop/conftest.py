@@ -141,7 +141,7 @@ def _tensors(path: Path, name: str) -> dict[str, Any]:
 def _timeless(value: Any) -> Any:
     """`value` without seconds, speeds, memory and process numbers."""
     if isinstance(value, dict):
-        dropped, ends = ("run_dir", "source", "seconds", "pid"), ("_s", "_mib")
+        dropped, ends = ("run_dir", "source", "seconds", "pid"), ("_s", "_mib", "/mfu")
         return {key: _timeless(item) for key, item in value.items() if key not in dropped and not key.endswith(ends)}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 

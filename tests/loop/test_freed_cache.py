@@ -8,7 +8,7 @@ from keel.build import Parts
 from keel.engines.embedded.cache import SlotCache
 from keel.loop import train
 
-MEASURED = ("_s", "_mib")
+MEASURED = ("_s", "_mib", "/mfu")
 
 
 def rows_and_weights(run_dir):

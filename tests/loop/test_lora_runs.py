@@ -41,7 +41,7 @@ def adapter(path: Path):
 
 
 def timeless(rows):
-    dropped = ("seconds", "memory/resident_mib")
+    dropped = ("seconds", "memory/resident_mib", "perf/mfu")
     return [{k: v for k, v in row.items() if not k.endswith("_s") and k not in dropped} for row in rows]
 
 

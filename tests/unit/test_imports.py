@@ -78,7 +78,7 @@ MAY_ENTER: dict[str, tuple[set[str], set[str]]] = {
 }
 FLOOR_FOUR |= {"keel.given", "keel.sources", "keel.api"}
 FLOOR_FOUR |= {"keel.export", "keel.export_card", "keel.export_push"}
-FLOOR_FOUR |= {"keel.gap"}
+FLOOR_FOUR |= {"keel.gap", "keel.performance"}
 for _name in CONFIG_FILES - {"keel.config", "keel.types", "keel.plugins"}:
     MAY_ENTER[_name] = (CONFIG_FILES | {"keel.distortion"}, {"pydantic", "tomlkit"})
 for _name in FLOOR_FOUR:
