@@ -20,6 +20,8 @@ from keel.preflights.diagnosis_search import Fit, Search
 from keel.preflights.result import Attribution
 
 Bools = npt.NDArray[np.bool_]
+OF_ANOTHER_TOKEN = 3.0
+"""Nats: where a token was told in two, the learner's log-prob is that of the first piece, which nobody drew."""
 LATER_IS_WORSE = 3.0
 """Later replies are off if their level is so many times that of the first ones, which are at the noise."""
 
@@ -69,16 +71,20 @@ def _right_at_first(
 
 def _onset_in_earlier_replies(search: Search, side: Side, gap: float) -> list[Attribution]:
     """A learner that reads an earlier reply in other tokens is right up to the first of these, and wrong from there."""
-    if side != "learner" or search.predictor.reference.routers:
+    if side != "learner":
         return []
-    wrong = np.abs(search.observed - search.predictor.base) > 10 * search.done
-    right_at_first = []
+    off = np.abs(search.observed - search.predictor.base)
+    right_at_first, jumps = [], []
     for index in range(len(search.predictor.evidence.sequences)):
-        own = wrong[search.predictor.evidence.sequence == index]
-        if own.any():
-            right_at_first.append(int(own.argmax()) > 0)
+        own = off[search.predictor.evidence.sequence == index]
+        wrong = own > 10 * search.done
+        if wrong.any():
+            right_at_first.append(int(wrong.argmax()) > 0)
+            jumps.append(float(own[wrong.argmax()]))
     if len(right_at_first) < 2 or sum(right_at_first) < 0.5 * len(right_at_first):
         return []
+    if search.predictor.reference.routers and float(np.median(jumps)) < OF_ANOTHER_TOKEN:
+        return []  # another choice of experts begins somewhere too, and moves by less
     share = max(0.0, (gap - search.done) / gap)
     text = "right up to a token of an earlier reply, wrong from there on: the reply was read in other tokens"
     return [Attribution("retokenized_turns", side, share, gap, gap * (1.0 - share), text=text)]

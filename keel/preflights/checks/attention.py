@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from keel.ops.attention.function import BACKENDS, REFERENCE, layout_attention
+from keel.ops.attention.backends import REFERENCE, usable_backends
+from keel.ops.attention.function import layout_attention
 from keel.ops.attention.layout import packed_layout
 from keel.preflights.checks.layers import (
     Call,
@@ -74,8 +75,7 @@ def check_backends(context: Context) -> Iterator[Check]:
         raise SkippedError(f"the trainer's attention is {stack.trainer.attention!r}, not one of Keel's kernels")
     calls = attention_calls(context)
     parameter = next(stack.trainer.model.parameters())
-    able = [each for each in BACKENDS.values() if parameter.device.type in each.device_types]
-    able = [each for each in able if parameter.dtype in each.dtypes]
+    able = usable_backends(parameter.device, parameter.dtype, getattr(calls[0].module, "head_dim", None))
     tolerance = TOLERANCE[stack.source.dtype]
     errors = {each.name: max(_backend_error(context, call, each.name) for call in calls) for each in able}
     name, size = max(errors.items(), key=lambda item: item[1])
