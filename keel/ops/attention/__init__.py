@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+from keel.ops.attention.backends import BACKENDS, REFERENCE, Backend, choose_backend, usable_backends
 from keel.ops.attention.decode import attend_cache, attend_cache_part, visible_mask
-from keel.ops.attention.function import (
-    BACKENDS,
-    REFERENCE,
-    Backend,
-    choose_backend,
-    layout_attention,
-    sink_attention,
-)
+from keel.ops.attention.function import layout_attention, sink_attention
 from keel.ops.attention.layout import AttentionBackendError, Layout, Span, build_layout, packed_layout
 from keel.ops.attention.reference import dense_attention
 from keel.ops.attention.sinks import apply_sinks, sinks_gradient
@@ -32,5 +26,6 @@ __all__ = [
     "packed_layout",
     "sink_attention",
     "sinks_gradient",
+    "usable_backends",
     "visible_mask",
 ]

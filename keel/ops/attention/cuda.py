@@ -8,7 +8,7 @@ kernel recomputes P = exp(S - lse) and delta = rowsum(grad * out) from what it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +35,19 @@ class Sequences:
     max_queries: int
     max_keys: int
 
+    @property
+    def lengths(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """In the order in which kernels take them."""
+        return self.cu_queries, self.cu_keys, self.max_queries, self.max_keys
+
+
+KernelForward = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Sequences, int, float], tuple[torch.Tensor, torch.Tensor]
+]
+"""(q, k, v, sequences, keys seen to the left or -1, scale) -> out [R, H, D], lse [H, R]; rows laid end to end."""
+KernelBackward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""(grad, q, k, v, out, lse [H, R], sequences, keys to the left, scale) -> dq, dk, dv."""
+
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
@@ -43,25 +56,7 @@ def forward(
 
     Raises AttentionBackendError for head sizes and spans the kernels cannot do.
     """
-    _check_head_size(q.shape[-1])
-    found = sequences(layout.spans, layout.num_query_rows, layout.num_key_rows, q.device)
-    if found is None:
-        return torch.zeros_like(q), q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
-    out, lse, *_ = _forward(
-        _taken(q, found.query_rows),
-        _taken(k, found.key_rows),
-        _taken(v, found.key_rows),
-        found.cu_queries,
-        found.cu_keys,
-        found.max_queries,
-        found.max_keys,
-        0.0,
-        layout.window is None,
-        False,
-        scale=scale,
-        **_window(layout),
-    )
-    return _put(out, found.query_rows, q.shape[0], 0.0), _put(lse.t(), found.query_rows, q.shape[0], float("-inf"))
+    return run_forward(_torch_forward, q, k, v, layout, scale)
 
 
 def backward(
@@ -75,30 +70,81 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from the (out, lse) handed in; sums over keys are made in a fixed order."""
+    return run_backward(_torch_backward, grad, q, k, v, out, lse, layout, scale)
+
+
+def run_forward(
+    kernel: KernelForward, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` by any kernel that takes sequences laid end to end."""
+    refusal = refuses_size(q.shape[-1])
+    if refusal is not None:
+        raise AttentionBackendError(f"{refusal}; use dtype = 'float32', which needs none of them")
+    found = sequences(layout.spans, layout.num_query_rows, layout.num_key_rows, q.device)
+    if found is None:
+        return torch.zeros_like(q), q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
+    rows = (_taken(q, found.query_rows), _taken(k, found.key_rows), _taken(v, found.key_rows))
+    out, lse = kernel(*rows, found, _window_left(layout), scale)
+    return _put(out, found.query_rows, q.shape[0], 0.0), _put(lse.t(), found.query_rows, q.shape[0], float("-inf"))
+
+
+def run_backward(  # noqa: PLR0917 - a backend's backward, and the kernel
+    kernel: KernelBackward,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: Layout,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`backward` by any kernel that takes sequences laid end to end."""
     found = sequences(layout.spans, layout.num_query_rows, layout.num_key_rows, q.device)
     if found is None:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    with _deterministic():
-        dq, dk, dv = _backward(
-            _taken(grad, found.query_rows),
-            _taken(q, found.query_rows),
-            _taken(k, found.key_rows),
-            _taken(v, found.key_rows),
-            _taken(out, found.query_rows),
-            _taken(lse, found.query_rows).float().t().contiguous(),
-            found.cu_queries,
-            found.cu_keys,
-            found.max_queries,
-            found.max_keys,
-            0.0,
-            layout.window is None,
-            torch.zeros(2, dtype=torch.uint64, device=q.device),  # the state of a dropout that there is not
-            torch.empty(0, device=q.device),
-            scale=scale,
-            **_window(layout),
-        )
+    dq, dk, dv = kernel(
+        _taken(grad, found.query_rows),
+        _taken(q, found.query_rows),
+        _taken(k, found.key_rows),
+        _taken(v, found.key_rows),
+        _taken(out, found.query_rows),
+        _taken(lse, found.query_rows).float().t().contiguous(),
+        found,
+        _window_left(layout),
+        scale,
+    )
     rows = (found.query_rows, q.shape[0]), (found.key_rows, k.shape[0]), (found.key_rows, v.shape[0])
     dq, dk, dv = (_put(part, *place, 0.0) for part, place in zip((dq, dk, dv), rows, strict=True))
+    return dq, dk, dv
+
+
+def _torch_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Sequences, left: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = _forward(
+        q, k, v, *found.lengths, 0.0, left < 0, False, scale=scale, window_size_left=left, window_size_right=0
+    )
+    return out, lse
+
+
+def _torch_backward(  # noqa: PLR0917 - see KernelBackward
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    found: Sequences,
+    left: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    no_dropout = (torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))  # its state
+    with _deterministic():
+        dq, dk, dv = _backward(
+            grad, q, k, v, out, lse, *found.lengths, 0.0, left < 0, *no_dropout,
+            scale=scale, window_size_left=left, window_size_right=0,
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -157,9 +203,9 @@ def _cumulative(counts: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=device)
 
 
-def _window(layout: Layout) -> dict[str, int]:
-    """What a row sees to its left and right; -1 is all."""
-    return {"window_size_left": -1 if layout.window is None else layout.window - 1, "window_size_right": 0}
+def _window_left(layout: Layout) -> int:
+    """How many keys a row sees to the left of its own; -1 is all."""
+    return -1 if layout.window is None else layout.window - 1
 
 
 def _taken(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -173,12 +219,12 @@ def _put(found: torch.Tensor, rows: torch.Tensor | None, num_rows: int, missing:
     return found.new_full((num_rows, *found.shape[1:]), missing).index_copy_(0, rows, found)
 
 
-def _check_head_size(size: int) -> None:
+def refuses_size(size: int) -> str | None:
+    """Why the CUDA flash kernels cannot take heads of `size`, or None."""
     if size % HEAD_SIZE_MULTIPLE or size > MAX_HEAD_SIZE:
-        raise AttentionBackendError(
-            f"the CUDA flash kernels take head sizes that are multiples of {HEAD_SIZE_MULTIPLE} up to {MAX_HEAD_SIZE}, "
-            f"got {size}; use dtype = 'float32', which needs none of them"
-        )
+        multiples = f"multiples of {HEAD_SIZE_MULTIPLE} up to {MAX_HEAD_SIZE}"
+        return f"the CUDA flash kernels take head sizes that are {multiples}, got {size}"
+    return None
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from keel.ops.attention.function import BACKENDS, SinkBackward
+from keel.ops.attention.backends import BACKENDS
+from keel.ops.attention.function import SinkBackward
 from keel.ops.attention.layout import AttentionBackendError, Layout, packed_layout
 
 KEY_BLOCK = 64

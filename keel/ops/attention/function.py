@@ -11,105 +11,16 @@ leaves dv and ds right and dq and dk silently wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from keel.ops.attention import blocks, cpu, cuda
-from keel.ops.attention.layout import AttentionBackendError, Layout, packed_layout
+from keel.ops.attention.backends import DTYPES, OWN_SINKS, REFERENCE, Backend, choose_backend
+from keel.ops.attention.flash_packages import own_sinks
+from keel.ops.attention.layout import Layout, packed_layout
 from keel.ops.attention.reference import dense_attention
 from keel.ops.attention.sinks import sink_factor, sinks_gradient
-
-FULL = (torch.float32, torch.float64)
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = (*FULL, *HALF)
-
-
-class PlainForward(Protocol):
-    """Attention without sinks: (q, k, v, layout, scale) -> (out [T, H, D], lse [T, H]); nothing seen is (0, -inf)."""
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class PlainBackward(Protocol):
-    """Its gradients (dq, dk, dv), computed from the `out` and `lse` it is handed, not from its own."""
-
-    def __call__(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        layout: Layout,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """A kernel pair, and the types of device and element it takes; a backend never hears of sinks."""
-
-    name: str
-    device_types: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    forward: PlainForward
-    backward: PlainBackward
-    reason: str
-
-
-BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(
-        "cpu", ("cpu",), (*FULL, torch.bfloat16), cpu.forward, cpu.backward, "torch's stock CPU flash kernel"
-    ),
-    "cuda": Backend("cuda", ("cuda",), HALF, cuda.forward, cuda.backward, "torch's stock CUDA flash kernels"),
-    "blocks": Backend(
-        "blocks",
-        ("cpu", "cuda"),
-        FULL,
-        blocks.forward,
-        blocks.backward,
-        "plain products by blocks of rows: the CUDA flash kernels take bfloat16 and float16 only",
-    ),
-}
-REFERENCE = "reference"
-"""The name of the dense float64 twin; it is not a kernel pair and runs on any device."""
-
-
-def choose_backend(name: str | Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called `name` (or `name` itself, if it is one), or with "auto" the first that takes the tensors.
-
-    Raises AttentionBackendError if there is none, or if it does not take tensors of `dtype` on `device`.
-    """
-    if name == "auto":
-        for backend in BACKENDS.values():
-            if device.type in backend.device_types and dtype in backend.dtypes:
-                return backend
-        available = ", ".join(f"{backend.name!r} ({_takes(backend)})" for backend in BACKENDS.values())
-        raise AttentionBackendError(
-            f"sink attention has no backend for tensors on {device} of {dtype}; available: {available}, {REFERENCE!r} "
-            f"(anywhere, quadratic). Move or cast the model, or pass backend={REFERENCE!r}"
-        )
-    if isinstance(name, str) and name not in BACKENDS:
-        known = ", ".join(repr(known) for known in ("auto", *BACKENDS, REFERENCE))
-        raise AttentionBackendError(f"unknown attention backend {name!r}; known: {known}")
-    backend = BACKENDS[name] if isinstance(name, str) else name
-    if device.type not in backend.device_types or dtype not in backend.dtypes:
-        raise AttentionBackendError(
-            f"attention backend {backend.name!r} takes {_takes(backend)}, the tensors are {dtype} on {device}; "
-            "use 'auto'"
-        )
-    return backend
-
-
-def _takes(backend: Backend) -> str:
-    types = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
-    return f"{types} on {' or '.join(backend.device_types)}"
 
 
 class SinkBackward(torch.autograd.Function):
@@ -188,7 +99,9 @@ def layout_attention(
     _check(q, k, v, layout)
     if backend == REFERENCE:
         return dense_attention(q, k, v, sinks, layout, scale)[0].to(q.dtype)
-    chosen = choose_backend(backend, q.device, q.dtype)
+    if backend == OWN_SINKS:
+        return own_sinks(q, k, v, sinks, layout, scale)
+    chosen = choose_backend(backend, q.device, q.dtype, q.shape[2])
     out: torch.Tensor = _SinkAttention.apply(q, k, v, sinks, layout, scale, chosen)  # type: ignore[no-untyped-call]
     return out
 

@@ -21,7 +21,7 @@ from keel.ops.attention import (
     packed_layout,
 )
 from keel.ops.attention import cuda as cuda_backend
-from keel.ops.attention.function import BACKENDS
+from keel.ops.attention.backends import BACKENDS
 
 HEADS, KV_HEADS, SIZE, SCALE = 6, 2, 8, 0.29
 RAGGED = (5, 70, 0, 33, 1, 16)

@@ -20,10 +20,12 @@ from keel.ops.attention import (
     layout_attention,
     packed_layout,
     sink_attention,
+    usable_backends,
 )
 
 HEADS, KV_HEADS, SIZE, SCALE = 6, 2, 10, 0.29
 SINKS = (-20.0, -3.0, 0.0, 1.5, 7.0, 20.0)
+HALVES = (torch.bfloat16, torch.float16)
 RAGGED = (5, 70, 33, 1, 16, 130, 64)
 
 
@@ -87,7 +89,9 @@ def twin_of_rounded_inputs(window: int | None, dtype: torch.dtype) -> list[torch
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 32, 100])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)]
+)
 def test_lower_precision_is_within_its_rounding_of_the_twin(
     dtype: torch.dtype, tolerance: float, window: int | None
 ) -> None:
@@ -97,6 +101,44 @@ def test_lower_precision_is_within_its_rounding_of_the_twin(
     ):
         assert got.dtype == dtype
         assert (got.double() - want).abs().max() < tolerance * want.abs().max(), name
+
+
+@pytest.mark.parametrize("size", [32, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)]
+)
+def test_head_sizes_from_32_to_256(dtype: torch.dtype, tolerance: float, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    shapes = [(60, 4, size), (60, 2, size), (60, 2, size), (4,)]
+    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    layout = packed_layout(cumulative((47, 13)), 20)
+    out = layout_attention(*leaves, layout=layout, scale=size**-0.5)
+    twin = dense_attention(*exact, layout, size**-0.5)[0]
+    weight = torch.randn(out.shape, generator=generator).to(dtype)
+    got = [out, *torch.autograd.grad(out, leaves, weight)]
+    want = [twin, *torch.autograd.grad(twin, exact, weight.double())]
+    for name, mine, other in zip(("out", "dq", "dk", "dv", "ds"), got, want, strict=True):
+        assert (mine.double() - other).abs().max() < tolerance * other.abs().max(), name
+
+
+@pytest.mark.parametrize("given", ["as they lie", "transposed", "a slice that begins anywhere"])
+def test_where_rows_lie_in_memory_changes_no_bit(given: str) -> None:
+    """Rows that need no gathering are used as they are; the kernel's bits follow where in memory they begin."""
+    q, k, v, sinks = (x.detach() for x in inputs(64, dtype=torch.float64))
+
+    def laid(rows: torch.Tensor) -> torch.Tensor:
+        if given == "transposed":
+            return rows.transpose(0, 1).contiguous().transpose(0, 1)
+        spare = torch.empty(rows.numel() + 3, dtype=rows.dtype)[3 if "slice" in given else 0 :]
+        return spare[: rows.numel()].view(rows.shape).copy_(rows)
+
+    def run(lengths: tuple[int, ...], *rows: torch.Tensor) -> torch.Tensor:
+        return sink_attention(*rows, sinks, cu_seqlens=cumulative(lengths), max_seqlen=64, scale=SCALE, window=None)
+
+    assert torch.equal(run((64,), *(laid(rows) for rows in (q, k, v))), run((64, 5), *(
+        torch.cat([rows, rows[:5]]) for rows in (q, k, v)
+    ))[:64])  # fmt: skip
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -269,18 +311,31 @@ def test_no_backend_is_an_error_and_never_a_fallback() -> None:
     cpu, card, nowhere = (torch.device(name) for name in ("cpu", "cuda:1", "meta"))
     with pytest.raises(AttentionBackendError, match=r"tensors on meta of torch.float32.*available: 'cpu'"):
         choose_backend("auto", nowhere, torch.float32)
-    with pytest.raises(AttentionBackendError, match=r"no backend for tensors on cpu of torch.float16"):
-        choose_backend("auto", cpu, torch.float16)
-    with pytest.raises(AttentionBackendError, match="unknown attention backend 'flash'"):
+    with pytest.raises(
+        AttentionBackendError, match=r"no backend for tensors on cuda:1 of torch.bfloat16 with heads of 9"
+    ):
+        choose_backend("auto", card, torch.bfloat16, 9)
+    with pytest.raises(AttentionBackendError, match="unknown attention backend 'flash'; known: 'auto', 'cpu', 'cuda'"):
         choose_backend("flash", cpu, torch.float32)
-    with pytest.raises(AttentionBackendError, match=r"takes float32, float64, bfloat16 on cpu, the tensors are"):
+    with pytest.raises(AttentionBackendError, match=r"takes float32, float64, bfloat16, float16 on cpu, the tensors"):
         choose_backend("cpu", nowhere, torch.float32)
+    with pytest.raises(AttentionBackendError, match=r"'cuda' cannot be used: .* multiples of 8 up to 256, got 264"):
+        choose_backend("cuda", card, torch.bfloat16, 264)
+    for name in ("flash_attn_2", "flash_attn_3"):
+        with pytest.raises(
+            AttentionBackendError, match=rf"'{name}' cannot be used: it needs the module .*not installed"
+        ):
+            choose_backend(name, card, torch.bfloat16, 64)
+    with pytest.raises(AttentionBackendError, match=r"'flex' cannot be used: .*powers of two from 16 to 256, got 80"):
+        choose_backend("flex", card, torch.float32, 80)
     with pytest.raises(AttentionBackendError, match=r"takes bfloat16, float16 on cuda, the tensors are torch.float32"):
         choose_backend("cuda", card, torch.float32)
 
 
 def test_a_device_and_a_type_choose_the_backend() -> None:
     cpu, card = torch.device("cpu"), torch.device("cuda:1")
-    assert {choose_backend("auto", cpu, dtype).name for dtype in (torch.float32, torch.bfloat16)} == {"cpu"}
-    assert {choose_backend("auto", card, dtype).name for dtype in (torch.float16, torch.bfloat16)} == {"cuda"}
+    assert {choose_backend("auto", cpu, dtype).name for dtype in (torch.float32, *HALVES)} == {"cpu"}
+    assert {choose_backend("auto", card, dtype, 64).name for dtype in HALVES} == {"cuda"}
     assert {choose_backend("auto", card, dtype).name for dtype in (torch.float32, torch.float64)} == {"blocks"}
+    assert [backend.name for backend in usable_backends(cpu, torch.float32, 64)] == ["cpu", "blocks"]
+    assert [backend.name for backend in usable_backends(card, torch.bfloat16, 64)] == ["cuda", "flex"]
