@@ -159,9 +159,18 @@ def require_close(case: str, ours: torch.Tensor, peer: torch.Tensor, *, toleranc
 def peak_bytes(function: Callable[[], Any]) -> int:
     """Resident memory of this process at its peak in a call, above what was resident before it. Linux only.
 
-    What was freed before is handed back to the system first, so that its reuse is counted. Memory that a first call
-    keeps (a library's buffers) is counted too: call once before, or see `peak_bytes_apart`. Raises BenchError where the
-    system does not tell.
+    Memory that a first call keeps (a library's buffers) is counted too: call once before, or see `peak_bytes_apart`.
+    Raises BenchError where the system does not tell.
+    """
+    before = forget_peak()
+    function()
+    return max(0, peak_resident_bytes() - before)
+
+
+def forget_peak() -> int:
+    """Begin to measure a peak anew; what is resident now. Linux only; raises BenchError elsewhere.
+
+    What was freed is handed back to the system first, so that its reuse is counted.
     """
     gc.collect()
     try:
@@ -169,9 +178,12 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError) as error:
         raise BenchError(f"peak memory cannot be measured on this system: {error}; it needs Linux and glibc") from error
-    before = _status_bytes("VmRSS")
-    function()
-    return max(0, _status_bytes("VmHWM") - before)
+    return _status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most that was resident since `forget_peak`."""
+    return _status_bytes("VmHWM")
 
 
 def peak_bytes_apart(target: str, **arguments: Any) -> int:

@@ -52,6 +52,49 @@ def sync(
         json_file.write_text(f"{text}\n", encoding="utf-8")
 
 
+@app.command()
+def prefixes(
+    cases: Annotated[
+        str, typer.Option(metavar="PROMPTxREPLY,...", help="Tokens of a group's prompt and of its longest reply.")
+    ] = "16x128,32x64,128x64,512x64,128x256,1024x256",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """The learner's update with what sequences have in common computed once, and without."""
+    from keel.bench.prefixes import measure_prefixes
+
+    tell(measure_prefixes(cases.split(","), dtype=dtype, rounds=rounds), json_file)
+
+
+@app.command()
+def step(
+    cases: Annotated[
+        str, typer.Option(metavar="CASE,...", help="64, 256 (new tokens), tool (2 x 64).")
+    ] = "64,256,tool",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each side.")] = 2,
+    trl_rows: Annotated[int, typer.Option(min=1, help="Sequences that TRL computes at once; a divisor of 64.")] = 8,
+    trl_experts: Annotated[str, typer.Option(help="transformers' experts for TRL: eager, grouped_mm.")] = "eager",
+    profile: Annotated[bool, typer.Option(help="Where a step of Keel's spends its time, instead.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """A whole training step beside TRL's GRPOTrainer: generate, score, update, memory."""
+    from keel.bench.measure import BenchResult, command_line, machine
+    from keel.bench.step.measure import NOTES, PROFILE_NOTES, measure_steps, profile_steps
+
+    facts = {**machine("trl", "accelerate", "datasets"), "threads": threads}
+    names = [case.strip() for case in cases.split(",")]
+    if profile:
+        result = BenchResult(
+            "step, profile", command_line(), facts, profile_steps(names, threads=threads), PROFILE_NOTES
+        )
+    else:
+        rows = measure_steps(names, rounds=rounds, threads=threads, trl_rows=trl_rows, trl_experts=trl_experts)
+        result = BenchResult("step", command_line(), facts, rows, NOTES)
+    tell(result, json_file)
+
+
 def _show(results: list[RouteTime]) -> None:
     table = Table(box=None)
     for heading in ("route", "MiB", "ms (median)", "ms (worst)", "MiB/s"):

@@ -94,6 +94,11 @@ class MasterAdamW:
         total = torch.stack([norm.double() for norm in norms]).square().sum()
         return math.sqrt(float(self._ranks.sum(total)))
 
+    @property
+    def gradients(self) -> Mapping[str, torch.Tensor]:
+        """The gradient that `finish` ended, by name; empty once it is used up."""
+        return self._gradients
+
     def _take(self, name: str) -> torch.Tensor | None:
         parameter = self._parameters[name]
         gradient, parameter.grad = parameter.grad, None
