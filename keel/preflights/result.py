@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from keel.causes import CAUSES, Side
+from keel.monitor import cells
+from keel.monitor.printable import one_line
 
 Status = Literal["pass", "warn", "fail", "skip"]
 SCHEMA_VERSION = 1
@@ -98,6 +100,23 @@ class PreflightResult:
         """What explains the gap, the largest share first."""
         return tuple(each.cause for each in self.attribution if each.cause != "unexplained")
 
+    def __str__(self) -> str:
+        """One line per check, what explains the gap, and the verdict."""
+        checks = [f"{check.status}  {check.title}: {check.reason}" for check in self.checks]
+        told = [f"{each.explained:.0%} of the gap: {_name_of(each)}" for each in self.attribution]
+        return "\n".join(one_line(line, limit=600) for line in (*checks, *told, f"{self.verdict}: {headline(self)}"))
+
+    def _repr_html_(self) -> str:
+        checks = ((each.status, each.title, each.figure, each.threshold, each.reason, each.fix) for each in self.checks)
+        told = ((_name_of(each), f"{each.explained:.0%}", each.gap_before, each.gap_after) for each in self.attribution)
+        columns = ("", "check", "figure", "threshold", "why", "what to do")
+        return "".join(
+            (
+                cells.table(f"{self.verdict}: {headline(self)}", columns, checks),
+                cells.table("what explains the gap", ("cause", "explains", "before", "after"), told),
+            )
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for `json.dumps`."""
         return {"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **asdict(self)}
@@ -140,6 +159,12 @@ def headline(result: PreflightResult) -> str:
     skipped = sum(check.status == "skip" for check in result.checks)
     left = f"; {skipped} could not be asked" if skipped else ""
     return f"Fit for on-policy training: {passed} checks passed{left}."
+
+
+def _name_of(each: Attribution) -> str:
+    cause = CAUSES.get(each.cause)
+    parts = (cause.title if cause else each.cause, each.side and f"in the {each.side}", each.group)
+    return ", ".join(part for part in parts if part)
 
 
 def _because(each: Attribution) -> str:

@@ -56,6 +56,18 @@ def test_the_headline_names_cause_side_and_share() -> None:
     )
 
 
+def test_a_notebook_and_print_show_checks_cause_and_verdict() -> None:
+    lines = str(result()).splitlines()
+    assert lines[:3] == [f"{each.status}  {each.title}: {each.reason}" for each in (PASSED, FAILED, SKIPPED)]
+    assert lines[3] == "97% of the gap: sliding window not applied, in the engine"
+    assert lines[4].startswith("fail: Not fit for on-policy training.")
+    cell = result()._repr_html_()
+    assert all(text in cell for text in (PASSED.title, FAILED.fix, "sliding window not applied, in the engine"))
+    hostile = result(checks=(replace(FAILED, reason="<script>alert(1)</script>\x1b[2J"),))
+    assert "<script>" not in hostile._repr_html_()
+    assert "\x1b" not in str(hostile)
+
+
 def test_the_worst_tokens_are_drawn_and_every_token_is_counted() -> None:
     whole = sample(3 * MAX_DRAWN)
     gaps = sorted((abs(a - b) for a, b in zip(whole.engine, whole.learner, strict=True)), reverse=True)
