@@ -14,6 +14,7 @@ How a layer's call is understood, first match:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from keel.models.attention_mask import AttentionMaskError, keel_mask, plan_of
 from keel.models.shared_rows import SharedAttention
-from keel.ops.attention import layout_attention, sink_attention
+from keel.ops.attention import AttentionBackendError, layout_attention, sink_attention
+from keel.ops.attention.backends import NAMES
 from keel.ops.attention.exact import exact_attention
 from keel.ops.gather import gather_rows
 from keel.ops.numerics import is_exact
@@ -47,12 +49,36 @@ class KeelCache(Protocol):
         ...
 
 
-def register() -> None:
-    """Make "keel" known to `transformers`; calling it again changes nothing."""
+@dataclass(slots=True)
+class _Chosen:
+    """The backend of every model that is loaded with "keel"."""
+
+    backend: str = "auto"
+
+
+_chosen = _Chosen()
+
+
+def register(backend: str | None = None) -> None:
+    """Make "keel" known to `transformers`, computed by `backend` (None: as before; at first "auto").
+
+    Raises AttentionBackendError for a name that is not known. Whether the backend can do what a model asks is told by
+    `explain`, and at the latest by the model's first pass.
+    """
+    if backend is not None and backend not in NAMES:
+        raise AttentionBackendError(f"unknown attention backend {backend!r}; known: {', '.join(map(repr, NAMES))}")
+    _chosen.backend = backend or _chosen.backend
     AttentionInterface.register(NAME, keel_attention_forward)
     AttentionMaskInterface.register(NAME, keel_mask)
 
 
+def chosen_backend() -> str:
+    """The name that was last given to `register`, or "auto"."""
+    return _chosen.backend
+
+
+# It reads tensors to lay rows out, which a traced graph cannot; what is around it is compiled.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -103,6 +129,7 @@ def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
             max_seqlen=query.shape[2] if max_length_q is None else int(max_length_q),
             scale=scale,
             window=window,
+            backend=_chosen.backend,
         )
         return out.unsqueeze(0), None
     plan = plan_of(attention_mask, query, key, sliding_window)
@@ -113,6 +140,7 @@ def keel_attention_forward(  # noqa: PLR0913 - transformers' signature
         s_aux,
         layout=plan.layout(position_ids),
         scale=scale,
+        backend=_chosen.backend,
     )
     return out.unflatten(0, (query.shape[0], -1)), None
 

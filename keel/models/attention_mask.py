@@ -135,6 +135,8 @@ class MaskPlan:
         return torch.where(inside, answer, outside)
 
 
+# What it returns carries a plan, which a traced graph would lose.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def keel_mask(  # noqa: PLR0917 - transformers' signature
     batch_size: int,
     q_length: int,

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3Config
 
 import keel.attention
+from keel.ops.attention import AttentionBackendError
 
 SIZES = {
     "vocab_size": 83,
@@ -48,6 +49,40 @@ def test_sdpa_is_said_to_drop_sinks() -> None:
     model = gpt_oss("eager")
     model.config._attn_implementation = "sdpa"
     assert {layer.sinks for layer in keel.attention.explain(model).layers} == {"dropped"}
+
+
+def test_a_backend_is_asked_for_by_name_and_really_used() -> None:
+    """The dense twin and the kernel differ in the last bits of float32; "blocks" in other bits again."""
+    torch.manual_seed(0)
+    model, ids = gpt_oss("keel"), torch.arange(40)[None]
+    outs, names = {}, ("auto", "cpu", "blocks", "reference")
+    try:
+        for name in names:
+            keel.attention.register(name)
+            keel.attention.register()  # changes nothing
+            assert {layer.backend for layer in keel.attention.explain(model).layers} == {
+                "cpu" if name == "auto" else name
+            }
+            outs[name] = model(ids).logits
+        keel.attention.register("flash_attn_2")
+        assert "on cuda, the tensors are" in keel.attention.explain(model).layers[0].reason
+        with pytest.raises(AttentionBackendError, match="'flash_attn_2' cannot be used"):
+            model(ids)
+    finally:
+        keel.attention.register("auto")
+    assert torch.equal(outs["auto"], outs["cpu"])
+    assert not torch.equal(outs["cpu"], outs["blocks"])
+    assert not torch.equal(outs["reference"], outs["blocks"])
+    for name in names:
+        assert (outs[name] - outs["reference"]).abs().max() < 1e-5
+    with pytest.raises(AttentionBackendError, match="unknown attention backend 'flash'"):
+        keel.attention.register("flash")
+
+
+def test_why_a_backend_was_chosen_is_told() -> None:
+    keel.attention.register()
+    text = str(keel.attention.explain(gpt_oss("keel").to(torch.float16)))
+    assert "keel -> cpu (torch's stock CPU flash kernel, chosen automatically for float16 on cpu, heads of 10" in text
 
 
 def test_a_device_without_a_backend_is_named() -> None:
