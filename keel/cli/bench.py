@@ -95,6 +95,64 @@ def step(
     tell(result, json_file)
 
 
+@app.command()
+def attention(
+    parts: Annotated[
+        str, typer.Option(metavar="PART,...", help="speed (beside eager, beside no sinks), window, memory.")
+    ] = "speed,window,memory",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which everybody runs once.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Attention with sinks, forward and backward, beside transformers' eager and beside the stock kernel without."""
+    from keel.bench.attention import measure_attention
+
+    tell(measure_attention(rounds=rounds, parts=[part.strip() for part in parts.split(",")]), json_file)
+
+
+@app.command()
+def experts(
+    sizes: Annotated[str, typer.Option(metavar="HIDDEN,...", help="Hidden sizes: 128, 256, 2880.")] = "128,256,2880",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which everybody runs once.")] = 9,
+    json_file: JsonFile = None,
+) -> None:
+    """A layer's experts, forward and backward, beside transformers' and beside bare matrix products."""
+    from keel.bench.experts import measure_experts
+
+    wanted = [int(size) if size.strip().isdigit() else -1 for size in sizes.split(",")]
+    tell(measure_experts(wanted, rounds=rounds), json_file)
+
+
+@app.command()
+def logprobs(
+    types: Annotated[str, typer.Option(metavar="TYPE,...", help="float32, bfloat16.")] = "float32,bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which everybody runs once.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Log-probs at GPT-OSS's vocabulary, forward and backward, beside the whole of it at once; 12 GiB of memory."""
+    from keel.bench.logprobs import measure_logprobs
+
+    tell(measure_logprobs([name.strip() for name in types.split(",")], rounds=rounds), json_file)
+
+
+@app.command()
+def engine(
+    cases: Annotated[str, typer.Option(metavar="CASE,...", help="equal (lengths), ragged (and stops).")] = "equal,ragged",
+    peers: Annotated[str, typer.Option(metavar="PEER,...", help="transformers, vllm.")] = "transformers,vllm",
+    threads: Annotated[str, typer.Option(metavar="N,...", help="CPU threads to try; each side runs at its best.")] = "1,2",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """The embedded engine beside transformers generate and vLLM: tokens a second, with log-probs."""
+    from keel.bench.engine import NOTES, measure_engine
+    from keel.bench.measure import BenchResult, command_line, machine
+
+    facts = machine()
+    counts = [int(count) for count in threads.split(",") if count.strip().isdigit()]
+    names = [[name.strip() for name in given.split(",")] for given in (cases, peers)]
+    rows = measure_engine(names[0], names[1], threads=counts, rounds=rounds)
+    tell(BenchResult("engine", command_line(), facts, rows, NOTES), json_file)
+
+
 def _show(results: list[RouteTime]) -> None:
     table = Table(box=None)
     for heading in ("route", "MiB", "ms (median)", "ms (worst)", "MiB/s"):
