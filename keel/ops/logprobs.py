@@ -1,16 +1,21 @@
-"""Log-probs and entropy of given tokens straight from hidden states, without holding `[T, V]` in float32.
+"""Log-probs and entropy of given tokens straight from hidden states; no `[T, V]` is ever held, nor a row of it.
 
-The head's product is made a chunk of tokens at a time, and made again in the backward pass. With
-z = logits / temperature and p = softmax(z):
+The head's product is made a tile at a time, `chunk_tokens` tokens by `VOCABULARY_TILE` words, and made again in the
+backward pass. With z = logits / temperature, and m and s the running maximum of a row and sum of exp(z - m) (the online
+softmax of Milakov and Gimelshein 2018, arXiv 1805.02867):
 
-    logprob = z[label] - logsumexp(z)          d logprob / dz = onehot(label) - p
-    entropy = -sum(p * log p)                  d entropy / dz = -p * (log p + entropy)
+    logprob = z[label] - m - log(s)            d logprob / dz = onehot(label) - p        p = exp(z - m) / s
+    entropy = log(s) - sum(exp(z - m) * (z - m)) / s          d entropy / dz = -p * (log p + entropy)
+
+Vocabulary is the outer loop: the gradient of a tile of the head is finished before the next is begun, so beyond
+weights, inputs and their gradients there are a few tiles of memory, whatever V and T.
 
 Where top-p or top-k cut the distribution that a label was drawn from, logits outside what was left are -inf, and all of
 this holds over the rest alone.
 
 A row's bits depend on the chunk it is computed in and on nothing that comes after it, so the same micro-batch gives the
-same bits with and without a gradient.
+same bits with and without a gradient. Where a row is one tile, as in exact mode and for small vocabularies, its
+log-prob is what torch's softmax makes of it, as in an engine.
 """
 
 from __future__ import annotations
@@ -18,12 +23,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from keel.ops.logprob_tiles import Head, HeadBackward, Tiles
 from keel.ops.matmul import linear, product
-from keel.ops.support import TokenSupport, check_support, cut_logits
+from keel.ops.numerics import is_exact
+from keel.ops.support import TokenSupport, check_support
 
 DEFAULT_CHUNK_TOKENS = 1024
+VOCABULARY_TILE = 2048
+"""Words whose logits, and whose gradients of the head, are alive at once."""
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -41,6 +51,8 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,
     support: TokenSupport | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    vocabulary_tile: int = VOCABULARY_TILE,
+    float32_products: bool = False,
     with_entropy: bool = True,
     entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,6 +66,9 @@ def linear_logprobs(
         bias: `[V]` or None.
         support: what each label was chosen from, itself included; None: from the whole vocabulary.
         chunk_tokens: rows of logits alive at once.
+        vocabulary_tile: columns of logits alive at once; in exact mode all are.
+        float32_products: make the head's products in float32 where `hidden` is narrower, a tile at a time: logits are
+            then not rounded to its type.
         with_entropy: False returns None in its place and saves its two passes.
         entropy_grad: let gradients flow through the entropy too (an entropy bonus); off, it is detached.
 
@@ -61,14 +76,17 @@ def linear_logprobs(
         `(logprobs [T], entropy [T] or None)` in nats, float32; float64 if `hidden` is.
 
     Raises:
-        ValueError: shapes that do not fit, chunk_tokens < 1, a temperature that is not positive, ids of a support
-            that are not in the vocabulary.
+        ValueError: shapes that do not fit, chunk_tokens or vocabulary_tile < 1, a temperature that is not positive,
+            ids of a support that are not in the vocabulary.
     """
-    _check(hidden, weight, labels, temperature, bias, chunk_tokens)
+    _check(hidden, weight, labels, temperature, bias, min(chunk_tokens, vocabulary_tile))
     if support is not None:
         check_support(support, hidden.shape[0], weight.shape[0])
+    if temperature is not None and bool((temperature == 1).all()):
+        temperature = None
+    tiles = Tiles(chunk_tokens, weight.shape[0] if is_exact() else vocabulary_tile, float32_products)
     logprobs, entropy = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, temperature, support, chunk_tokens, with_entropy or entropy_grad
+        hidden, weight, bias, labels, temperature, support, tiles, with_entropy or entropy_grad
     )
     if not with_entropy:
         return logprobs, None
@@ -110,7 +128,7 @@ def _check(
     labels: torch.Tensor,
     temperature: torch.Tensor | None,
     bias: torch.Tensor | None,
-    chunk_tokens: int,
+    smallest: int,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -124,8 +142,8 @@ def _check(
     ):
         if tensor is not None and tuple(tensor.shape) != (length,):
             raise ValueError(f"linear_logprobs: got {name} {tuple(tensor.shape)}; needs [{length}]")
-    if chunk_tokens < 1:
-        raise ValueError(f"linear_logprobs: got chunk_tokens {chunk_tokens}; needs at least 1")
+    if smallest < 1:
+        raise ValueError(f"linear_logprobs: got tiles of {smallest}; chunk_tokens and vocabulary_tile start at 1")
     if temperature is not None and temperature.numel() and not bool((temperature > 0).all()):
         raise ValueError(
             f"linear_logprobs: got temperature {float(temperature.min())}; it must be positive. A token drawn greedily "
@@ -142,7 +160,7 @@ def scaled_logits(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Chunked forward, recomputing backward. The entropy output is empty when it is not asked for."""
+    """Tiled forward, recomputing backward. The entropy output is empty when it is not asked for."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 (torch hands them over by position)
@@ -153,97 +171,56 @@ class _LinearLogprobs(torch.autograd.Function):
         labels: torch.Tensor,
         temperature: torch.Tensor | None,
         support: TokenSupport | None,
-        chunk_tokens: int,
+        tiles: Tiles,
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_tokens = hidden.shape[0]
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logprobs = torch.empty(num_tokens, dtype=dtype, device=hidden.device)
-        entropy = torch.empty(num_tokens if with_entropy else 0, dtype=dtype, device=hidden.device)
-        for start in range(0, num_tokens, chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            scaled = scaled_logits(hidden, weight, bias, temperature, rows)
-            if support is not None:
-                cut_logits(scaled, support, start)
-            log_p = torch.log_softmax(scaled, dim=-1)
-            logprobs[rows] = log_p.gather(1, labels[rows, None])[:, 0]
-            if with_entropy:
-                p = log_p.exp()
-                entropy[rows] = p.mul_(_of_the_left(log_p, support)).sum(-1).neg_()
+        head = Head(hidden, weight, bias, temperature, support, tiles)
+        found = head.statistics(with_entropy=with_entropy)
+        for words, weights, biases in head.words():
+            for rows in head.rows():
+                z = head.logits(rows, words, weights, biases)
+                found.add(z, rows, labels[rows], words, cut=support is not None)
+        logprobs, entropy = found.logprobs(), found.entropy()
+        found.of_label = entropy.new_empty(0)  # an output that its own backward pass holds would be a cycle
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy)
-        ctx.support = support
-        ctx.chunk_tokens = chunk_tokens
+        ctx.support, ctx.tiles, ctx.found = support, tiles, found
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> Any:
         hidden, weight, bias, labels, temperature, entropy = ctx.saved_tensors
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        head = Head(hidden, weight, bias, temperature, ctx.support, ctx.tiles)
+        back = HeadBackward(labels, entropy, ctx.found, grad_logprobs, grad_entropy)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=wide, device=weight.device) if need_bias else None
-        for start in range(0, hidden.shape[0], ctx.chunk_tokens):
-            rows = slice(start, start + ctx.chunk_tokens)
-            scaled = scaled_logits(hidden, weight, bias, temperature, rows)
-            if ctx.support is not None:
-                cut_logits(scaled, ctx.support, start)
-            grad_logits = _grad_scaled(
-                scaled, labels[rows], _rows(grad_logprobs, rows), _rows(grad_entropy, rows), entropy[rows], ctx.support
-            )
-            if temperature is not None:
-                grad_logits.div_(temperature[rows, None].to(wide))
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            # The products in the type of the forward pass; their sum over chunks in float32.
-            narrow = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = product(narrow, weight, rows=narrow.shape[0])
-            if grad_weight is not None:
-                grad_weight += product(narrow.t(), hidden[rows], rows=narrow.shape[0])
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        grad_hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if need_bias else None
+        for words, weights, biases in head.words():
+            of_weight: torch.Tensor | None = None
+            of_bias: torch.Tensor | None = None
+            for rows in head.rows():
+                grad = back.tile(head.logits(rows, words, weights, biases), rows, words, cut=ctx.support is not None)
+                if temperature is not None:
+                    grad.div_(temperature[rows, None].to(grad.dtype))
+                if grad_bias is not None:
+                    of_bias = _plus(of_bias, grad.sum(0))
+                # The products in the type of the forward pass; their sums in float32.
+                narrow = grad.to(weights.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] += product(narrow, weights, rows=narrow.shape[0])
+                if grad_weight is not None:
+                    made = product(narrow.t(), head.product_type(hidden[rows]), rows=narrow.shape[0])
+                    of_weight = _plus(of_weight, made)
+            for grads, of_words in ((grad_weight, of_weight), (grad_bias, of_bias)):
+                if grads is not None:
+                    grads[words] = 0.0 if of_words is None else of_words
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _of_the_left(log_p: torch.Tensor, support: TokenSupport | None) -> torch.Tensor:
-    """`log_p [n, V]` with 0 for what was cut away, in place: times a probability of 0 it must be 0."""
-    return log_p if support is None else log_p.masked_fill_(log_p.isneginf(), 0.0)
-
-
-def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    return None if tensor is None else tensor[rows]
-
-
-def _grad_scaled(
-    scaled: torch.Tensor,
-    labels: torch.Tensor,
-    grad_logprobs: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    entropy: torch.Tensor,
-    support: TokenSupport | None,
-) -> torch.Tensor:
-    """Gradient of one chunk with respect to its scaled logits `[n, V]`; formulas at the top of the file."""
-    if grad_entropy is None:
-        p = torch.softmax(scaled, dim=-1)
-        if grad_logprobs is None:
-            return p.zero_()
-        grad = p.mul_(grad_logprobs[:, None].neg())
-    else:
-        log_p = torch.log_softmax(scaled, dim=-1)
-        p = log_p.exp()
-        weight = _of_the_left(log_p, support).add_(entropy[:, None]).mul_(grad_entropy[:, None])
-        if grad_logprobs is not None:
-            weight = weight.add_(grad_logprobs[:, None])
-        grad = p.mul_(weight.neg_())
-    if grad_logprobs is not None:
-        grad[torch.arange(labels.shape[0], device=labels.device), labels] += grad_logprobs
-    return grad
+def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """A sum over chunks, kept in float32 at least; the first part is consumed."""
+    wide = part if part.dtype == torch.float64 else part.float()
+    return wide if total is None else total.add_(wide)

@@ -23,23 +23,24 @@ class TokenSupport:
     ids: torch.Tensor  # [M] int32
     offsets: torch.Tensor  # [T + 1] int64
 
-    def inside(self, start: int, stop: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of labels `start` to `stop - 1`: which were cut `[n]`, and what was left to them `[n, V]`; both bool.
+    def inside(self, start: int, stop: int, num_ids: int, *, first_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of labels `start` to `stop - 1`: which were cut `[n]`, and what was left to them `[n, num_ids]`; both bool.
 
-        A row that was not cut has nothing inside.
+        The ids asked about are those from `first_id` on. A row that was not cut has nothing inside.
         """
         bounds = self.offsets[start : stop + 1]
         counts = bounds.diff()
         ids = self.ids[int(bounds[0]) : int(bounds[-1])].long()
         rows = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts, output_size=len(ids))
-        inside = torch.zeros(len(counts), vocab_size, dtype=torch.bool, device=ids.device)
-        inside[rows, ids] = True
+        here = (ids >= first_id) & (ids < first_id + num_ids)
+        inside = torch.zeros(len(counts), num_ids, dtype=torch.bool, device=ids.device)
+        inside[rows[here], ids[here] - first_id] = True
         return counts > 0, inside
 
 
-def cut_logits(logits: torch.Tensor, support: TokenSupport, start: int) -> torch.Tensor:
-    """`logits [n, V]` of labels from `start` on with -inf outside their support; in place."""
-    cut, inside = support.inside(start, start + logits.shape[0], logits.shape[1])
+def cut_logits(logits: torch.Tensor, support: TokenSupport, start: int, *, first_id: int = 0) -> torch.Tensor:
+    """`logits [n, b]` of labels from `start` and ids from `first_id` on, -inf outside their support; in place."""
+    cut, inside = support.inside(start, start + logits.shape[0], logits.shape[1], first_id=first_id)
     return logits.masked_fill_(cut[:, None] & ~inside, -torch.inf)
 
 
