@@ -3,7 +3,8 @@
 A `Span` says which keys one sequence's queries may see. A `Layout` cuts spans into pieces and puts pieces of one
 padded shape into a `Bucket`, which is one kernel call:
 
-    no window     one piece per sequence, causal.
+    no window     one piece per sequence, causal; of a sequence whose first keys are there already, blocks of at most
+                  `MAX_BLOCK` rows, because the causal flag cannot say what they see and a mask must.
     window W      the first rows see at most W keys: a causal piece. Later rows are cut into blocks of about W rows,
                   and a block of n rows sees n + W - 1 keys: a band. Work and memory grow as T * W, no [T, T] exists.
 
@@ -73,17 +74,25 @@ class Bucket:
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         """What the causal flag does not hide, as an additive [L, M] mask of the kernel's type; None if nothing."""
+        if self.window is None:
+            return self._plain_mask(dtype)
         if dtype not in self.masks:
             rows = self.query_index.shape[0] // self.num_pieces
             columns = self.key_index.shape[0] // self.num_pieces
             distance = torch.arange(rows)[:, None] + self.offset - torch.arange(columns)
-            visible = (distance >= 0) & (torch.arange(columns) < self.num_keys)
-            if self.window is not None:
-                visible &= distance < self.window
-            needed = self.window is not None or not self.causal or self.num_keys < columns
-            zeros = torch.zeros(rows, columns, dtype=dtype)
-            self.masks[dtype] = zeros.masked_fill_(~visible, float("-inf")) if needed else None
+            visible = (distance >= 0) & (distance < self.window) & (torch.arange(columns) < self.num_keys)
+            self.masks[dtype] = torch.zeros(rows, columns, dtype=dtype).masked_fill_(~visible, float("-inf"))
         return self.masks[dtype]
+
+    def _plain_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The same without a window: quickly made, and kept nowhere, because it grows with the sequence."""
+        rows = self.query_index.shape[0] // self.num_pieces
+        columns = self.key_index.shape[0] // self.num_pieces
+        if self.causal and self.num_keys == columns:
+            return None
+        mask = torch.full((rows, columns), float("-inf"), dtype=dtype).triu_(self.offset + 1)
+        mask[:, self.num_keys :] = float("-inf")
+        return mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +199,10 @@ def _pieces(span: Span, window: int | None) -> Iterator[Span]:
 
 def _cuts(first: int, last: int, window: int | None, offset: int) -> Iterator[tuple[int, int]]:
     """Row ranges of one piece each, about `window` rows; only the last may fill its row tiles badly."""
+    if window is None and offset + first > 0:
+        for start in range(first, last, MAX_BLOCK):
+            yield start, min(start + MAX_BLOCK, last)
+        return
     if window is None or offset + last <= max(window, min(max(UNCUT_ROWS, 2 * window), 2 * MAX_BLOCK)):
         yield first, last
         return
