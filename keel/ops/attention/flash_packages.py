@@ -107,11 +107,9 @@ def own_sinks(
 ) -> torch.Tensor:
     """Attention with sinks by flash-attn 4, differentiated by its own backward: q [T, H, D] -> out [T, H, D].
 
-    Raises AttentionBackendError if the package is not installed, for spans that leave rows of q or k out, and off CUDA.
+    Raises AttentionBackendError if the package is not installed, and for spans that leave rows of q or k out.
     """
     attend = _function(MODULE_4, "flash_attn_varlen_func")
-    if q.device.type != "cuda":
-        raise AttentionBackendError(f"flash-attn 4 runs on CUDA, the tensors are on {q.device}; use 'auto'")
     found = sequences(layout.spans, layout.num_query_rows, layout.num_key_rows, q.device)
     if found is None or found.query_rows is not None or found.key_rows is not None:
         raise AttentionBackendError("flash-attn 4 is a check on whole packed sequences; use 'auto' for other spans")

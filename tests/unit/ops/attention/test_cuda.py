@@ -7,16 +7,21 @@ the kernels.
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 
 from keel.ops.attention import (
     AttentionBackendError,
     Span,
     build_layout,
     dense_attention,
+    flash_packages,
+    flex,
     layout_attention,
     packed_layout,
 )
@@ -80,11 +85,16 @@ def flash_backward(
 ):  # fmt: skip
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    given = (grad_out, query, key, value, out, logsumexp, cu_q, cu_k, max_q, max_k, is_causal)
+    return gradients(*given, scale, window_size_left, window_size_right)
+
+
+def gradients(grad_out, query, key, value, out, logsumexp, cu_q, cu_k, max_q, max_k, is_causal, scale, left, right):
     assert logsumexp.shape == (query.shape[1], query.shape[0])
     assert logsumexp.is_contiguous()
     group = query.shape[1] // key.shape[1]
     dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
-    pieces = per_sequence(query, key, cu_q, cu_k, max_q, max_k, is_causal, window_size_left, window_size_right)
+    pieces = per_sequence(query, key, cu_q, cu_k, max_q, max_k, is_causal, left, right)
     for rows, keys, repeated, seen in pieces:
         scores = torch.einsum("nhd,mhd->hnm", query[rows], repeated) * scale
         p = torch.exp(scores - logsumexp[:, rows, None].to(scores.dtype)).masked_fill(~seen, 0.0)
@@ -173,3 +183,150 @@ def test_what_the_kernels_cannot_do_is_refused(on_the_cpu):
         layout_attention(
             odd, odd, odd, None, layout=packed_layout(torch.tensor([0, 4]), None), scale=1.0, backend="cuda"
         )
+
+
+def flash_attn_2_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+    block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0,
+):  # fmt: skip
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    windows = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+    out, lse, *_ = flash_forward(q, k, v, *lengths, dropout_p, causal, False, scale=softmax_scale, **windows)
+    return out, lse, torch.empty(0), torch.zeros(2)
+
+
+def flash_attn_2_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+    rng_state=None, zero_tensors=False,
+):  # fmt: skip
+    assert (dropout_p, softcap, alibi_slopes, deterministic) == (0.0, 0.0, None, True)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    made = gradients(
+        dout, q, k, v, out, softmax_lse, *lengths, causal, softmax_scale, window_size_left, window_size_right
+    )
+    for place, gradient in zip((dq, dk, dv), made, strict=True):
+        place.copy_(gradient)
+    return torch.empty(0)
+
+
+def flash_attn_3_forward(
+    q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None,
+    seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None,
+    leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None, k_descale=None,
+    v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, attention_chunk=0,
+    softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
+):  # fmt: skip
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    windows = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+    out, lse, *_ = flash_forward(q, k, v, *lengths, 0.0, causal, False, scale=softmax_scale, **windows)
+    return out, lse, torch.empty(0), torch.empty(0)
+
+
+def flash_attn_3_backward(
+    dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+    window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+):  # fmt: skip
+    assert deterministic
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    made = gradients(
+        dout, q, k, v, out, softmax_lse, *lengths, is_causal, softmax_scale, window_size_left, window_size_right
+    )
+    for place, gradient in zip((dq, dk, dv), made, strict=True):
+        place.copy_(gradient)
+    return torch.empty(0)
+
+
+def flash_attn_4(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
+    seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+    return_lse=False,
+):  # fmt: skip
+    """With the sink as a column of the scores; differentiated by autograd, as the package's function is by its own."""
+    left, right = (-1 if side is None else side for side in window_size)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    outs = []
+    for rows, keys, repeated, seen in per_sequence(q, k, *lengths, causal, left, right):
+        scores = torch.einsum("nhd,mhd->hnm", q[rows], repeated) * softmax_scale
+        column = learnable_sink[:, None, None].expand(-1, scores.shape[1], 1)
+        weights = torch.cat([scores.masked_fill(~seen, -math.inf), column], -1).softmax(-1)[..., :-1]
+        values = v[keys].repeat_interleave(q.shape[1] // k.shape[1], 1)
+        outs.append(torch.einsum("hnm,mhd->nhd", weights, values))
+    return torch.cat(outs), None
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """The packages, as far as their signatures go, and the backends that use them, taking float64 on the CPU."""
+    import dataclasses
+
+    functions = {
+        flash_packages.MODULE_2: {
+            "_flash_attn_varlen_forward": flash_attn_2_forward,
+            "_flash_attn_varlen_backward": flash_attn_2_backward,
+        },
+        flash_packages.MODULE_3: {
+            "_flash_attn_forward": flash_attn_3_forward,
+            "_flash_attn_backward": flash_attn_3_backward,
+        },
+        flash_packages.MODULE_4: {"flash_attn_varlen_func": flash_attn_4},
+    }
+    for module, found in functions.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**found))
+    for name in ("flash_attn_2", "flash_attn_3"):
+        free = {"device_types": ("cpu",), "dtypes": (torch.float64,), "package": None, "refuses_device": None}
+        monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], **free))
+    flash_packages._function.cache_clear()
+    yield
+    flash_packages._function.cache_clear()
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=name) for name, layout in layouts()])
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
+def test_what_the_packages_are_told_gives_the_dense_twins_values_and_gradients(packages, name, layout):
+    pairs = zip(values_and_gradients(layout, name), values_and_gradients(layout, "reference"), strict=True)
+    for what, (got, want) in zip(("out", "dq", "dk", "dv", "ds"), pairs, strict=True):
+        assert (got - want).abs().max() < (1e-12 if what == "out" else 1e-5), what
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 32])
+def test_a_package_with_sinks_of_its_own_is_told_the_same(packages, window):
+    layout = packed_layout(PACKED, window)
+    pairs = zip(values_and_gradients(layout, "flash_attn_4"), values_and_gradients(layout, "reference"), strict=True)
+    assert all((got - want).abs().max() < 1e-12 for got, want in pairs)
+    padded = build_layout((Span(3, 17, 3, 17, 0),), window, 40, 90)
+    with pytest.raises(AttentionBackendError, match="a check on whole packed sequences"):
+        values_and_gradients(padded, "flash_attn_4")
+
+
+def test_packages_that_are_not_there_are_named():
+    with pytest.raises(AttentionBackendError, match=r"flash_attn_varlen_func cannot be had: .*install the package"):
+        values_and_gradients(packed_layout(PACKED, None), "flash_attn_4")
+
+
+@pytest.fixture
+def flex_on_the_cpu(monkeypatch):
+    """Torch's flex attention as it is, uncompiled, in float64: torch alone says that its backward is not for CPUs."""
+    import dataclasses
+
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex, "_kernel", lambda: torch.nn.attention.flex_attention.flex_attention)
+    free = {"device_types": ("cpu",), "refuses_size": None}
+    monkeypatch.setitem(BACKENDS, "flex", dataclasses.replace(BACKENDS["flex"], **free))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=name) for name, layout in layouts() if "200" not in name])
+def test_flex_attention_gives_the_dense_twins_values_and_gradients(flex_on_the_cpu, layout):
+    pairs = zip(values_and_gradients(layout, "flex"), values_and_gradients(layout, "reference"), strict=True)
+    for what, (got, want) in zip(("out", "dq", "dk", "dv", "ds"), pairs, strict=True):
+        assert (got - want).abs().max() < 1e-12, what
+
+
+def test_flex_refuses_keys_that_several_spans_share(flex_on_the_cpu):
+    shared = build_layout((Span(0, 20, 0, 50, 30), Span(20, 20, 10, 50, 30)), None, 40, 90)
+    with pytest.raises(AttentionBackendError, match="flex takes keys of one sequence each"):
+        values_and_gradients(shared, "flex")
