@@ -165,6 +165,7 @@ def _shared_attention(
         sinks,
         layout=shared.layout(window),
         scale=scale,
+        backend=_chosen.backend,
     )
     return out.unsqueeze(0)
 
