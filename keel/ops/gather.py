@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from keel.ops.numerics import deterministic_algorithms
+
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
@@ -21,7 +23,10 @@ class _GatherRows(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)
         sums = grad.new_zeros((ctx.num_rows, *grad.shape[1:]), dtype=wide)
-        return sums.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
+        # A CUDA card adds in an order left to chance unless it is told otherwise.
+        with deterministic_algorithms(grad.device.type == "cuda"):
+            sums.index_add_(0, index, grad.to(wide))
+        return sums.to(grad.dtype), None
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
