@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,27 +49,60 @@ def check(model: nn.Module) -> None:
             experts_layout(module)
 
 
+@dataclass(frozen=True)
+class _ClampedGate:
+    """Where a family's clamped gate has its numbers: attributes of the module, or numbers that its code has."""
+
+    limit: str
+    alpha: str | float = 1.0
+    offset: float = 0.0
+
+
+# Families with a gate of their own: act = gate' * sigmoid(alpha * gate') * (up' + offset), gate and up clamped before.
+CLAMPED_GATES: Mapping[str, _ClampedGate] = {
+    "GptOssExperts": _ClampedGate("limit", "alpha", 1.0),
+    "OpenAIPrivacyFilterExperts": _ClampedGate("limit", "alpha", 1.0),
+    "MiniMaxM3VLExperts": _ClampedGate("swiglu_limit", "swiglu_alpha", 1.0),
+    "DeepseekV4Experts": _ClampedGate("limit"),
+    "HYV4Experts": _ClampedGate("swiglu_limit"),
+    "Glm5NextTextExperts": _ClampedGate("swiglu_limit"),
+}
+
+
 def experts_layout(module: nn.Module) -> ExpertsLayout:
     """The layout of a `transformers` experts module.
 
-    Raises NotImplementedError for a gate that is neither GPT-OSS's clamped SwiGLU nor silu(gate) * up.
+    Raises NotImplementedError for a gate that is neither silu(gate) * up nor one of `CLAMPED_GATES`, and for experts
+    that are spread over processes.
     """
     from transformers.integrations import moe
 
     stored: Any = module
+    kind = type(module)
+    if getattr(stored, "_is_expert_parallel", False):
+        raise NotImplementedError(
+            f"experts: {kind.__name__} holds a share of the experts (expert parallelism), which experts = 'keel' does "
+            "not; set experts = 'grouped_mm'"
+        )
     transposed = bool(stored.is_transposed)
     interleaved = not getattr(stored, "is_concatenated", True)
-    kind = type(module)
-    if kind.__name__ == "GptOssExperts":
+    act = getattr(stored, "act_fn", None)
+    silu = act is nn.functional.silu or type(act).__name__ in ("SiLU", "SiLUActivation")
+    clamped = CLAMPED_GATES.get(kind.__name__)
+    if clamped is not None and (silu or not hasattr(stored, "act_fn")):
         return ExpertsLayout(
-            transposed=transposed, interleaved=True, alpha=float(stored.alpha), offset=1.0, limit=float(stored.limit)
+            transposed=transposed,
+            interleaved=interleaved,
+            alpha=float(getattr(stored, clamped.alpha) if isinstance(clamped.alpha, str) else clamped.alpha),
+            offset=clamped.offset,
+            limit=float(getattr(stored, clamped.limit)),
         )
     plain_gate = getattr(kind, "_apply_gate", None) is moe._default_apply_gate and getattr(stored, "has_gate", True)
-    if plain_gate and not interleaved and type(getattr(stored, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation"):
+    if plain_gate and not interleaved and silu:
         return ExpertsLayout(transposed=transposed, interleaved=False)
     raise NotImplementedError(
-        f"experts: {kind.__name__} gates in a way that experts = 'keel' does not know "
-        "(it knows GPT-OSS's clamped SwiGLU and silu(gate) * up); set experts = 'grouped_mm'"
+        f"experts: {kind.__name__} gates in a way that experts = 'keel' does not know (it knows silu(gate) * up and "
+        f"the clamped gates of {', '.join(CLAMPED_GATES)}); set experts = 'grouped_mm'"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -62,4 +64,75 @@ def test_an_unknown_gate_is_refused_before_any_work():
     module = make_experts("qwen3_moe")
     module.act_fn = nn.GELU()
     with pytest.raises(NotImplementedError, match="set experts = 'grouped_mm'"):
+        check(nn.Sequential(module))
+
+
+class AnyConfig:
+    """Sizes for any family's experts module, whatever names it asks for them by."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name):
+        rules = (
+            ("act", "silu"),
+            ("limit", 0.4),
+            ("alpha", 1.3),
+            ("intermediate", 10),
+            ("shared", 0),
+            ("expert", 5),
+            ("hidden", 12),
+        )
+        found = [value for part, value in rules if part in name]
+        if not found:
+            raise AttributeError(name)
+        return found[0]
+
+
+FAMILIES = {
+    "gpt_oss": "GptOssExperts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+    "minimax_m3_vl": "MiniMaxM3VLExperts",
+    "deepseek_v4": "DeepseekV4Experts",
+    "hy_v4": "HYV4Experts",
+    "glm5_next": "Glm5NextTextExperts",
+    "aria": "AriaExperts",
+    "mixtral": "MixtralExperts",
+    "qwen2_moe": "Qwen2MoeExperts",
+    "qwen3_moe": "Qwen3MoeExperts",
+    "qwen3_next": "Qwen3NextExperts",
+    "olmoe": "OlmoeExperts",
+    "deepseek_v3": "DeepseekV3Experts",
+    "glm4_moe": "Glm4MoeExperts",
+    "granitemoe": "GraniteMoeExperts",
+    "lfm2_moe": "Lfm2MoeExperts",
+    "minimax_m2": "MiniMaxM2Experts",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_and_gradients_are_those_of_the_family(family):
+    """Against the family's own code in float64, with gates beyond every clamp."""
+    register()
+    code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    module = getattr(code, FAMILIES[family])(AnyConfig()).double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    hidden = torch.randn(23, 12, dtype=torch.float64, generator=generator).requires_grad_()
+    shares, chosen = torch.rand(23, 5, dtype=torch.float64, generator=generator).topk(2, dim=-1)
+    leaves = [hidden, shares.requires_grad_(), *module.parameters()]
+    results = []
+    for implementation in ("eager", "keel"):
+        module.config._experts_implementation = implementation
+        out = module(hidden, chosen, shares)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    precise = 1e-5 if family == "openai_privacy_filter" else 1e-12  # its own code adds up in float32
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=precise, atol=precise)
+
+
+def test_experts_spread_over_processes_are_refused():
+    module = make_experts("qwen3_moe")
+    module._is_expert_parallel = True
+    with pytest.raises(NotImplementedError, match="expert parallelism"):
         check(nn.Sequential(module))

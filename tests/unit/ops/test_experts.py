@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, experts_forward, experts_reference
 from keel.ops.experts_gate import ExpertsGate, reaches_limit
+from keel.ops.experts_pieces import NARROW, PIECE_ROWS
 from keel.ops.experts_tiles import TILE_ROWS, experts_row_invariant
 
 HIDDEN, INNER, EXPERTS, TOP_K = 12, 10, 5, 2
@@ -67,6 +74,97 @@ def test_values_and_gradients_match_the_float64_twin(layout, kind):
         results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
     for ours, twin in zip(*results, strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-12, atol=1e-12)
+
+
+def compared_with_the_twin(layout, chosen, *, dtype=torch.float64, hidden=HIDDEN, inner=INNER):
+    """Relative distances of output and gradients from the twin's."""
+    if layout.limit is not None and dtype == torch.bfloat16:
+        layout = replace(layout, limit=1e9)  # a gradient jumps at the limit, which rounding crosses
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(chosen.shape[0], hidden, dtype=torch.float64, generator=generator).to(dtype)
+    results = []
+    for run in (experts_forward, experts_reference):
+        experts = make_weights(layout, dtype=dtype, hidden=hidden, inner=inner)
+        x, shares = make_inputs(chosen, dtype=dtype, hidden=hidden)
+        out = run(x, chosen, shares, experts, layout)
+        leaves = [x, shares, experts.gate_up, experts.gate_up_bias, experts.down, experts.down_bias]
+        grads = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad.to(out.dtype))
+        results.append([part.detach().double() for part in (out, *grads)])
+    return [float((ours - twin).norm() / twin.norm()) for ours, twin in zip(*results, strict=True)]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("num_tokens", [PIECE_ROWS, PIECE_ROWS + 1, 2 * PIECE_ROWS + 77])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_an_expert_with_more_rows_than_a_piece(layout, num_tokens, dtype, bound):
+    assert max(compared_with_the_twin(layout, routing("all on one pair", num_tokens), dtype=dtype)) < bound
+
+
+@LAYOUTS
+@pytest.mark.parametrize("num_tokens", [40, 1200], ids=["few rows", "more rows than columns"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+def test_wide_experts(layout, num_tokens, dtype, bound):
+    """Weights above the size up to which an expert's rows are worked on in pieces."""
+    sizes = {"hidden": 376, "inner": 368}
+    assert sizes["hidden"] * 2 * sizes["inner"] > NARROW
+    assert max(compared_with_the_twin(layout, routing("ragged", num_tokens), dtype=dtype, **sizes)) < bound
+
+
+class LargestMade(TorchDispatchMode):
+    """The most numbers that any operation's result has."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made._is_view():
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+@LAYOUTS
+@pytest.mark.parametrize("kind", ["ragged", "idle expert", "all on one pair"])
+def test_memory_is_bounded_whatever_the_routing(layout, kind):
+    """No mask over experts, no weights gathered for each token: nothing exceeds the pairs' rows or the weights."""
+    num_tokens = 600
+    chosen, experts = routing(kind, num_tokens), make_weights(layout, dtype=torch.float32)
+    x, shares = make_inputs(chosen, dtype=torch.float32)
+    saved = []
+    with LargestMade() as made:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            out = experts_forward(x, chosen, shares, experts, layout)
+        out.sum().backward()
+    rows = num_tokens * TOP_K * 9 // 8 + 16 * EXPERTS  # filled up
+    inputs = x.numel() + shares.numel() + experts.gate_up.numel() + experts.down.numel()
+    biases = EXPERTS * (2 * INNER + HIDDEN)
+    assert made.largest <= rows * max(2 * INNER, HIDDEN)
+    assert sum(saved) <= rows * 2 * INNER + inputs + biases
+
+
+IN_A_PROCESS = """
+import hashlib, sys, torch
+torch.set_num_threads(2)
+sys.path.insert(0, sys.argv[1])
+from test_experts import GPT_OSS, make_inputs, make_weights, routing
+from keel.ops.experts import experts_forward
+chosen = routing("ragged", 3000)
+experts = make_weights(GPT_OSS, dtype=torch.float32, hidden=96, inner=80)
+x, shares = make_inputs(chosen, dtype=torch.float32, hidden=96)
+out = experts_forward(x, chosen, shares, experts, GPT_OSS)
+out.square().sum().backward()
+made = (out, x.grad, shares.grad, experts.gate_up.grad, experts.gate_up_bias.grad, experts.down.grad)
+print(hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in made)).hexdigest())
+"""
+
+
+def test_two_processes_make_the_same_bits():
+    command = [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0].strip()) == 64
 
 
 @LAYOUTS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keel.ops import matmul
-from keel.ops.matmul import linear, padded_rows, product
+from keel.ops.matmul import FEW_ROWS, LARGE, linear, padded_rows, product, product_into
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -86,3 +86,15 @@ def test_linear_takes_only_the_gradients_that_are_needed():
     assert weight.grad is not None
     with torch.no_grad():
         assert not linear(x, weight).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(32, 40), (FEW_ROWS, 40), (32, LARGE // 512 + 8), (FEW_ROWS, LARGE // 512 + 8)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_written_where_it_is_wanted(rows, columns, dtype):
+    x, grad = draw(rows, 512, dtype=dtype), draw(rows, columns, dtype=dtype, seed=1)
+    out = torch.full((512, columns), torch.nan, dtype=dtype)
+    product_into(out, x.t(), grad, rows=rows)
+    expected = x.double().t() @ grad.double()
+    assert float((out.double() - expected).norm() / expected.norm()) < (1e-6 if dtype == torch.float32 else 1e-2)
