@@ -212,6 +212,26 @@ def test_same_bits_with_and_without_gradient_and_with_checkpointing(gpt_oss: tup
     assert torch.isfinite(keel.model.layers[0].self_attn.sinks.grad).all()
 
 
+@pytest.mark.parametrize("told_by", ["left", "cu_seq_lens"])
+def test_a_compiled_model_gives_the_same_values_and_gradients(
+    gpt_oss: tuple[nn.Module, nn.Module], told_by: str
+) -> None:
+    """Attention stays outside the graphs; what is traced around it must not change what it is told."""
+    theirs, keel = gpt_oss
+    mask = padding("left")
+    inputs = {"input_ids": tokens(4), "attention_mask": mask}
+    if told_by == "cu_seq_lens":
+        positions = torch.cat([torch.arange(length) for length in PACKED])[None]
+        inputs, mask = {"input_ids": tokens(1), "position_ids": positions, **cu_seq_lens()}, torch.ones(1, LENGTH)
+    torch._dynamo.reset()
+    compiled = torch.compile(keel, backend="eager")
+    got, got_gradients = loss_gradients(compiled, mask, **inputs)
+    want, want_gradients = loss_gradients(keel if told_by == "cu_seq_lens" else theirs, mask, **inputs)
+    assert (got - want).abs().max() < 1e-12 * want.abs().max()
+    for mine, other in zip(got_gradients, want_gradients, strict=True):
+        assert (mine - other).abs().max() < 1e-10 * max(1.0, float(other.abs().max()))
+
+
 def test_an_engines_cache_is_handed_every_layers_call(gpt_oss: tuple[nn.Module, nn.Module]) -> None:
     class Slots:
         def __init__(self) -> None:

@@ -159,6 +159,26 @@ def test_gradcheck(window: int | None) -> None:
     )
 
 
+@pytest.mark.parametrize("sink", [0.0, 2.0, 5.0])
+def test_the_naive_epilogue_is_silently_wrong_in_dq_and_dk_alone(sink: float) -> None:
+    """What docs/sink-attention.md warns of: out * sigmoid(lse - s) on a kernel whose lse passes no gradient on."""
+    q, k, v, _ = inputs(60)
+    sinks = torch.full((HEADS,), sink, dtype=torch.float64, requires_grad=True)
+    layout = packed_layout(cumulative((60,)), None)
+    mine = values_and_gradients(layout_attention(q, k, v, sinks, layout=layout, scale=SCALE), (q, k, v, sinks))
+    out, lse = choose_backend("cpu", q.device, q.dtype).forward(q.detach(), k.detach(), v.detach(), layout, SCALE)
+    factor = torch.sigmoid(lse - sinks).unsqueeze(-1)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    naive_ds = torch.autograd.grad(out * factor, sinks, weight)[0]
+    plain = choose_backend("cpu", q.device, q.dtype).backward
+    naive = plain(weight * factor.detach(), *(x.detach() for x in (q, k, v)), out, lse, layout, SCALE)
+    assert (out * factor - mine[0]).abs().max() < 1e-12
+    assert (naive[2] - mine[3]).abs().max() < 1e-12
+    assert (naive_ds - mine[4]).abs().max() < 1e-12
+    for wrong, right in ((naive[0], mine[1]), (naive[1], mine[2])):
+        assert (wrong - right).norm() > 0.03 * right.norm()
+
+
 @pytest.mark.parametrize("window", [None, 9, 40])
 def test_equals_transformers_own_gpt_oss_attention(window: int | None) -> None:
     """Nobody here wrote that one: dense scores, a sink column, softmax, column dropped."""
