@@ -136,9 +136,13 @@ def logprobs(
 
 @app.command()
 def engine(
-    cases: Annotated[str, typer.Option(metavar="CASE,...", help="equal (lengths), ragged (and stops).")] = "equal,ragged",
+    cases: Annotated[
+        str, typer.Option(metavar="CASE,...", help="equal (lengths), ragged (and stops).")
+    ] = "equal,ragged",
     peers: Annotated[str, typer.Option(metavar="PEER,...", help="transformers, vllm.")] = "transformers,vllm",
-    threads: Annotated[str, typer.Option(metavar="N,...", help="CPU threads to try; each side runs at its best.")] = "1,2",
+    threads: Annotated[
+        str, typer.Option(metavar="N,...", help="CPU threads to try; each side runs at its best.")
+    ] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 3,
     json_file: JsonFile = None,
 ) -> None:

@@ -70,8 +70,9 @@ class GenerateResult:
     `routed_experts` covers positions `routes_start` to `routes_start + rows - 1` of prompt + drawn tokens: all that
     were fed for this request (the last drawn token was not). `sampling` is what the engine really did.
 
-    `num_cached_tokens` is how much of the prompt the session still held from its last request (then also
-    `routes_start`). What was copied from a session with the same beginning counts as fed: its routes are here.
+    `num_cached_tokens` is how much of the prompt the session still held from its last request, or was made to hold
+    again (then also `routes_start`). What was copied from a session with the same beginning counts as fed: its routes
+    are here.
     A token fed again because weights changed on the way keeps the routes with which the next token was drawn.
     """
 

@@ -1,72 +1,164 @@
 """Mixture-of-experts layers for sampling: a token's bits depend on that token alone.
 
-The sorted segments of `experts` give each expert a product as tall as its tokens are many, and the bits of a row change
-with the height of the product. Here every product has the same height.
+The sorted segments of `experts` give each expert a product as tall as its tokens are many, and where the bits of a row
+change with the height of a product they then depend on other tokens. Here they do not:
+
+    free heights    where it was measured that heights change nothing (`heights_are_free`): as in `experts`, each
+                    expert on the rows that chose it, filled up to whole blocks
+    few experts     else all of them on all rows; those that a row did not choose have the weight zero, and the second
+                    projection adds the experts of a row up in one product
+    many experts    else each on the rows that chose it, in tiles of `TILE_ROWS` rows, the last filled up with zeros
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
+
 import torch
-from torch.nn import functional
 
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, busy, check_experts, sort_by_expert, sum_of_rows
 from keel.ops.experts_gate import activate
-from keel.ops.low_rank import add_low_rank_, add_low_rank_batched
+from keel.ops.low_rank import add_low_rank_
+from keel.ops.matmul import product
 
 TILE_ROWS = 32
-"""Rows of a tile of the row-invariant variant. In a product of fixed shape a row's bits do not depend on its place."""
+"""Rows of a tile where experts are many. In a product of fixed shape a row's bits do not depend on its place."""
 MAX_DENSE_EXPERTS = 16
-"""Up to this many experts, the row-invariant variant computes them all in one batched product instead of sorting."""
+"""Up to this many experts are all computed: fewer and larger products, for work that is thrown away."""
+_PROBED_HEIGHTS = (32, 64, 96, 128, 192)
+_PROBE_ROWS = 256
 
 
 @torch.no_grad()
 def experts_row_invariant(
     hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, experts: ExpertsWeights, layout: ExpertsLayout
 ) -> torch.Tensor:
-    """`experts_forward` for sampling: a token's bits depend on that token alone, whatever else is in the call.
+    """`experts_forward` for sampling: among calls of as many rows, a token's bits depend on that token alone.
 
-    Every product has `TILE_ROWS` rows, filled up with zeros, so neither the number of tokens nor their company nor
-    their place matters. No gradient. Arguments and errors as `experts_forward`.
+    Neither the company of a row nor its place matters, provided that rows come in whole vector registers (a multiple
+    of 32, as an engine's passes have them). No gradient. Arguments and errors as `experts_forward`.
     """
     check_experts(hidden, chosen, weights, experts, layout)
-    tiles = _dense_tile if experts.num_experts <= MAX_DENSE_EXPERTS else _sorted_tile
-    num_tokens = hidden.shape[0]
-    padding = -num_tokens % TILE_ROWS
-    if padding:
-        hidden = functional.pad(hidden, (0, 0, 0, padding))
-        chosen = functional.pad(chosen, (0, 0, 0, padding))
-        weights = functional.pad(weights, (0, 0, 0, padding))
-    parts = [
-        tiles(hidden[rows], chosen[rows], weights[rows].to(hidden.dtype), experts, layout)
-        for rows in (slice(start, start + TILE_ROWS) for start in range(0, num_tokens, TILE_ROWS))
-    ]
-    return torch.cat(parts)[:num_tokens] if parts else hidden
+    if _heights_are_free(experts):
+        run = _sorted_experts
+    else:
+        run = _all_experts if experts.num_experts <= MAX_DENSE_EXPERTS else _chosen_experts
+    return run(hidden, chosen, weights.to(hidden.dtype), experts, layout)
 
 
-def _dense_tile(
+def _heights_are_free(experts: ExpertsWeights) -> bool:
+    """Of both projections of experts without an adapter, whose narrow products are another matter."""
+    if experts.gate_up_adapter is not None or experts.down_adapter is not None or experts.gate_up.device.type != "cpu":
+        return False
+    threads = torch.get_num_threads()
+    return all(
+        heights_are_free(tuple(stack.shape[1:]), stack.dtype, threads) for stack in (experts.gate_up, experts.down)
+    )
+
+
+@lru_cache(maxsize=64)
+def heights_are_free(shape: tuple[int, int], dtype: torch.dtype, num_threads: int) -> bool:  # noqa: ARG001 - a key
+    """Whether a row has the same bits in products of any whole number of tiles with a matrix of `shape`, both ways.
+
+    A library picks the order of a sum by the shape of a product, by rules of its own; so it is measured, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator).to(dtype)
+    for right in (matrix, matrix.t()):
+        left = torch.randn(_PROBE_ROWS, right.shape[0], generator=generator).to(dtype)
+        whole = product(left, right, rows=_PROBE_ROWS)
+        for height in _PROBED_HEIGHTS:
+            for start in (0, 17, _PROBE_ROWS - height):
+                rows = slice(start, start + height)
+                if not torch.equal(product(left[rows].clone(), right, rows=height), whole[rows]):
+                    return False
+    return True
+
+
+def _sorted_experts(
     hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, experts: ExpertsWeights, layout: ExpertsLayout
 ) -> torch.Tensor:
-    """All experts on one tile as a batched product, then each row's own k results."""
-    num_experts, rows = experts.num_experts, hidden.shape[0]
-    first = experts.gate_up if layout.transposed else experts.gate_up.transpose(1, 2)
-    second = experts.down if layout.transposed else experts.down.transpose(1, 2)
-    x = hidden.expand(num_experts, rows, -1)
-    pre = add_low_rank_batched(_batched(x, first, experts.gate_up_bias), x, experts.gate_up_adapter)
-    gate, up = (pre[..., ::2], pre[..., 1::2]) if layout.interleaved else pre.chunk(2, dim=-1)
-    act = activate(gate, up, layout).to(hidden.dtype)
-    results = add_low_rank_batched(_batched(act, second, experts.down_bias), act, experts.down_adapter)
-    place = torch.arange(rows, device=hidden.device)[:, None]
-    return sum_of_rows(results.flatten(0, 1), chosen * rows + place, weights)
+    """Each expert on its own rows, filled up to whole tiles with rows of token 0, which nobody reads."""
+    segments = sort_by_expert(chosen, experts.num_experts, fill=_whole_tiles)
+    bounds = [(e, slice(*each)) for e, each in enumerate(pairwise(segments.bounds)) if each[1] > each[0]]
+    x = hidden.index_select(0, segments.tokens)
+    first = [_times(x[rows], experts.gate_up[e], experts.gate_up_bias, e, layout) for e, rows in bounds]
+    # Filled up so that the share of each thread is whole vector registers: the last few numbers of a share may differ.
+    first.append(hidden.new_zeros(-x.shape[0] % (TILE_ROWS * torch.get_num_threads()), first[0].shape[1]))
+    act = activate(*_gates_and_ups(torch.cat(first), layout), layout).to(hidden.dtype)
+    second = [_times(act[rows], experts.down[e], experts.down_bias, e, layout) for e, rows in bounds]
+    return sum_of_rows(torch.cat(second), segments.rows, weights)
 
 
-def _batched(x: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.bmm(x, factor) if bias is None else torch.baddbmm(bias[:, None], x, factor)
+def _whole_tiles(count: int) -> int:
+    return -(-count // TILE_ROWS) * TILE_ROWS
 
 
-def _sorted_tile(
+def _times(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int, layout: ExpertsLayout
+) -> torch.Tensor:
+    """One expert's projection of `x [n, in]`."""
+    right = weight if layout.transposed else weight.t()
+    return product(x, right, rows=x.shape[0], bias=None if bias is None else bias[expert])
+
+
+def _all_experts(
     hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, experts: ExpertsWeights, layout: ExpertsLayout
 ) -> torch.Tensor:
-    """Only the experts the tile chose, each on its own rows filled up to a tile."""
+    """act [T, E * I], weighted, times the second projections one below the other, which adds the experts up.
+
+    An expert of weight zero adds zeros as long as its activation is finite.
+    """
+    num_experts, num_rows = experts.num_experts, hidden.shape[0]
+    spread = hidden.new_zeros(num_rows, num_experts).scatter_(1, chosen, weights)  # [T, E]
+    gate, up = _gates_and_ups(_first_products(hidden, experts, layout), layout)
+    act = activate(gate, up, layout).mul_(spread[..., None]).to(hidden.dtype)  # [T, E, I]
+    if layout.transposed:
+        result = product(act.flatten(1), experts.down.flatten(0, 1), rows=num_rows)
+    else:
+        parts = (product(act[:, e].contiguous(), experts.down[e].t(), rows=num_rows) for e in range(num_experts))
+        result = sum(parts, start=hidden.new_zeros(()))
+    if experts.down_bias is not None:
+        result.addmm_(spread, experts.down_bias)
+    if experts.down_adapter is not None:
+        for expert in range(num_experts):
+            add_low_rank_(result, act[:, expert], experts.down_adapter[expert])
+    return result
+
+
+def _first_products(hidden: torch.Tensor, experts: ExpertsWeights, layout: ExpertsLayout) -> torch.Tensor:
+    """Every expert's first projection of every row, `[T, E, 2I]`."""
+    num_experts, num_rows = experts.num_experts, hidden.shape[0]
+    if layout.transposed:
+        bias = experts.gate_up_bias
+        parts = [
+            product(hidden, experts.gate_up[e], rows=num_rows, bias=None if bias is None else bias[e])
+            for e in range(num_experts)
+        ]
+        pre = torch.cat(parts, dim=1)
+    else:
+        bias = None if experts.gate_up_bias is None else experts.gate_up_bias.flatten()
+        pre = product(hidden, experts.gate_up.flatten(0, 1).t(), rows=num_rows, bias=bias)
+    pre = pre.view(num_rows, num_experts, -1)
+    if experts.gate_up_adapter is not None:
+        for expert in range(num_experts):
+            add_low_rank_(pre[:, expert], hidden, experts.gate_up_adapter[expert])
+    return pre
+
+
+def _gates_and_ups(pre: torch.Tensor, layout: ExpertsLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of `[.., 2I]`."""
+    if layout.interleaved:
+        return pre[..., ::2], pre[..., 1::2]
+    gate, up = pre.chunk(2, dim=-1)
+    return gate, up
+
+
+def _chosen_experts(
+    hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, experts: ExpertsWeights, layout: ExpertsLayout
+) -> torch.Tensor:
+    """Only the experts that were chosen, each on its own rows filled up to tiles."""
     segments = sort_by_expert(chosen, experts.num_experts)
     results = hidden.new_empty(segments.tokens.shape[0], hidden.shape[1])
     for expert, rows in busy(segments):
@@ -81,10 +173,11 @@ def _sorted_tile(
 def _one_expert(x: torch.Tensor, expert: int, experts: ExpertsWeights, layout: ExpertsLayout) -> torch.Tensor:
     first = experts.gate_up[expert] if layout.transposed else experts.gate_up[expert].t()
     second = experts.down[expert] if layout.transposed else experts.down[expert].t()
-    pre = x @ first if experts.gate_up_bias is None else torch.addmm(experts.gate_up_bias[expert], x, first)
+    bias = None if experts.gate_up_bias is None else experts.gate_up_bias[expert]
+    pre = product(x, first, rows=TILE_ROWS, bias=bias)
     add_low_rank_(pre, x, experts.gate_up_adapter[expert] if experts.gate_up_adapter else None)
-    gate, up = (pre[..., ::2], pre[..., 1::2]) if layout.interleaved else pre.chunk(2, dim=-1)
-    act = activate(gate, up, layout).to(x.dtype)
-    result = act @ second if experts.down_bias is None else torch.addmm(experts.down_bias[expert], act, second)
+    act = activate(*_gates_and_ups(pre, layout), layout).to(x.dtype)
+    bias = None if experts.down_bias is None else experts.down_bias[expert]
+    result = product(act, second, rows=TILE_ROWS, bias=bias)
     add_low_rank_(result, act, experts.down_adapter[expert] if experts.down_adapter else None)
     return result

@@ -87,6 +87,7 @@ COMMANDS = {"keel.cli"}
 for _name in COMMANDS | {"keel.__main__"}:
     MAY_ENTER[_name] = ({"*"}, {"typer", "rich"})
 MAY_ENTER["keel.export"][1].add("safetensors")
+MAY_ENTER["keel.bench.vllm_program"] = (set(), {"vllm"})  # runs where Keel cannot be imported
 MAY_ENTER["keel.bench"][1].update({"trl", "datasets", "liger_kernel"})  # what it compares with
 MAY_ENTER["keel.gap"][1].update({"safetensors", "tokenizers"})
 MAY_ENTER["keel.export_card"][1].add("huggingface_hub")

@@ -1,8 +1,11 @@
 """Keys and values of a fixed number of sequences, and how a pass writes and reads them.
 
-One tensor per layer, `[slots + 2, K, cap, D]`. The last two rows are not sequences: `score_slot` holds what is being
-scored, `scratch_slot` receives the keys and values of dummy rows (and of the unused end of a chunk), so that a pass
-always has the same shape and nothing that is kept is touched.
+One tensor per layer, `[slots + 2, K, columns, D]`. The last two rows are not sequences: `score_slot` holds what is
+being scored, `scratch_slot` receives the keys and values of dummy rows, so that a pass always has the same shape and
+nothing that is kept is touched.
+
+A layer with full attention has a column for every position. One with a sliding window keeps the window and what a pass
+may add to it: a ring, in which position p lies in column p modulo its size.
 
 Masked positions are multiplied by a probability of exactly zero, so whatever lies there must be finite: slots start
 as zeros and `wipe` clears one that held something else.
@@ -18,13 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from keel.ops.attention.decode import attend_cache, visible_mask
+from keel.ops.attention.decode import COLUMN_BLOCK, attend_cache, column_counts, visible_mask
 from keel.ops.attention.exact import KEY_BLOCK, attend_tiles, tile_positions
 from keel.ops.numerics import is_exact
 
-ROW_BLOCK = 4
-"""Rows per attention kernel call: of fewer than four query rows, the CPU's skinny product gives other bits in another
-thread (measured on two threads in float32: 9 of 10 batch elements change with their place), and is slower too."""
+
+def layer_columns(capacity: int, window: int | None, pass_rows: int) -> int:
+    """Columns of a layer: whole blocks for `capacity` positions, or for a window beside `pass_rows` new positions."""
+    wanted = capacity if window is None else min(capacity, window + pass_rows)
+    return -(-wanted // COLUMN_BLOCK) * COLUMN_BLOCK
 
 
 @dataclass
@@ -33,9 +38,10 @@ class SlotCache:
 
     num_slots: int
     capacity: int
-    keys: list[torch.Tensor]  # per layer [slots + 2, K, cap, D]
-    values: list[torch.Tensor]  # per layer [slots + 2, K, cap, D]
+    keys: list[torch.Tensor]  # per layer [slots + 2, K, columns, D]
+    values: list[torch.Tensor]  # per layer [slots + 2, K, columns, D]
     routes: torch.Tensor | None  # [slots + 2, cap, moe layers, k] int16: unsigned 16 bit, which torch cannot index
+    layer_windows: tuple[int | None, ...]
     is_held: bool = True  # whether there is storage behind keys and values
 
     @classmethod
@@ -44,20 +50,23 @@ class SlotCache:
         num_slots: int,
         capacity: int,
         *,
-        num_layers: int,
+        layer_windows: Sequence[int | None],
+        pass_rows: int,
         num_kv_heads: int,
         head_dim: int,
         route_shape: tuple[int, int] | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> SlotCache:
-        shape = (num_slots + 2, num_kv_heads, capacity, head_dim)
-        keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        """`layer_windows` says each layer's window, `pass_rows` how many tokens of a sequence a pass feeds at most."""
+        columns = [layer_columns(capacity, window, pass_rows) for window in layer_windows]
+        shapes = [(num_slots + 2, num_kv_heads, count, head_dim) for count in columns]
+        keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         routes = None
         if route_shape is not None:
             routes = torch.zeros((num_slots + 2, capacity, *route_shape), dtype=torch.int16, device=device)
-        return cls(num_slots, capacity, keys, values, routes)
+        return cls(num_slots, capacity, keys, values, routes, tuple(layer_windows))
 
     @property
     def score_slot(self) -> int:
@@ -66,6 +75,16 @@ class SlotCache:
     @property
     def scratch_slot(self) -> int:
         return self.num_slots + 1
+
+    @property
+    def kept_behind(self) -> int:
+        """A prefix of l positions can still be read of a slot into which at most this many more were written.
+
+        Every position, unless a layer is a ring: of it the oldest of the window is the first to be written over.
+        """
+        windows = zip(self.keys, self.layer_windows, strict=True)
+        rings = [keys.shape[2] - window for keys, window in windows if window and keys.shape[2] < self.capacity]
+        return min(rings, default=self.capacity)
 
     @property
     def num_bytes(self) -> int:
@@ -87,11 +106,11 @@ class SlotCache:
             tensor.zero_()
         self.is_held = True
 
-    def write_rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where the keys of a pass's rows go: `[T * K]` indices into a layer seen as `[(slots + 2) * K * cap, D]`."""
+    def write_rows(self, columns: int, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where a pass's keys go: `[T * K]` indices into a layer seen as `[(slots + 2) * K * columns, D]`."""
         num_heads = self.keys[0].shape[1]
         heads = torch.arange(num_heads, device=slots.device)
-        return ((slots[:, None] * num_heads + heads) * self.capacity + positions[:, None]).reshape(-1)
+        return ((slots[:, None] * num_heads + heads) * columns + (positions % columns)[:, None]).reshape(-1)
 
     def store_routes(self, slots: torch.Tensor, positions: torch.Tensor, routes: torch.Tensor) -> None:
         """Keep the expert choices `routes [T, moe layers, k]` of a pass's rows."""
@@ -106,10 +125,14 @@ class SlotCache:
         return self.routes[slot, start:stop].cpu().numpy().tobytes()
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Give every slot of `targets` the first `length` positions of slot `source`: keys, values and routes."""
+        """Give every slot of `targets` the first `length` positions of slot `source`: keys, values and routes.
+
+        Of a ring everything, which holds what those positions see of it if `kept_behind` says so.
+        """
         rows = torch.tensor(list(targets), device=self.keys[0].device)
         for layer in (*self.keys, *self.values):
-            layer[rows, :, :length] = layer[source, :, :length]
+            columns = min(length, layer.shape[2]) if layer.shape[2] >= self.capacity else layer.shape[2]
+            layer[rows, :, :columns] = layer[source, :, :columns].clone()
         if self.routes is not None:
             self.routes[rows, :length] = self.routes[source, :length]
 
@@ -122,23 +145,36 @@ class SlotCache:
             layer[self.scratch_slot].zero_()
 
 
+@dataclass(frozen=True)
+class PassRows:
+    """Which rows a pass has, and what of the cache each of them belongs to.
+
+    A decode pass has one row for each slot. A prefill pass has the chunks of prompts one after the other, and filling
+    behind them; for attention every chunk is an element of its own with `n` rows, the last ones not in use.
+    """
+
+    slots: torch.Tensor  # [T] where each row's keys and values go
+    positions: torch.Tensor  # [T]
+    query_positions: torch.Tensor  # [B, n] of the rows as attention sees them
+    newest: torch.Tensor  # [B] last position of the element's sequence that this pass writes
+    highest: int  # of all positions
+    chunk_slots: torch.Tensor | None = None  # [B]; None: element b is slot b, and row b
+    gathered: torch.Tensor | None = None  # [B * n] row of the pass that each row of attention is
+    scattered: torch.Tensor | None = None  # [T] row of attention that each row of the pass is
+
+
 class CacheView:
     """What a pass hands the model as `keel_cache`: every layer's attention comes here.
 
-    A decode pass has `[slots]` batch elements of one row, row b being the next token of slot b. A prefill pass has as
-    many batch elements as chunks, `n` consecutive positions of one sequence each. Either way a batch element covers
-    the whole capacity, and unused rows are computed and thrown away: its shape depends on nothing that runs beside it.
+    The columns that are read are those that any row may see, counted in steps that change no bit (`column_counts`); so
+    an element's bits depend on nothing that runs beside it.
     """
 
-    def __init__(
-        self, cache: SlotCache, positions: torch.Tensor, write_rows: torch.Tensor, chunk_slots: torch.Tensor | None
-    ) -> None:
-        """`positions [B, n]` int64; `write_rows [B * n * K]`; `chunk_slots [B]`, or None: element b is slot b."""
+    def __init__(self, cache: SlotCache, rows: PassRows) -> None:
         self.cache = cache
-        self.positions = positions
-        self.write_rows = write_rows
-        self.chunk_slots = chunk_slots
-        self._masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.rows = rows
+        self._write_rows: dict[int, torch.Tensor] = {}
+        self._masks: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(
         self,
@@ -151,33 +187,55 @@ class CacheView:
         window: int | None = None,
         scaling: float,
     ) -> torch.Tensor:
-        """`query [1, H, T, D]`, `key` and `value [1, K, T, D]` with T = B * n -> `[1, T, H, D]`.
+        """`query [1, H, T, D]`, `key` and `value [1, K, T, D]` -> `[1, T, H, D]`.
 
         All rows' keys and values are written before any row attends, so a chunk may follow another of its sequence.
+        Raises ValueError for a window that the layer's cache was not made for.
         """
+        rows = self.rows
+        self._check_window(layer_idx, window)
         keys, values = self._write(layer_idx, key[0], value[0])
-        batch, rows = self.positions.shape
+        queries = query[0].transpose(0, 1)  # [T, H, D]
+        if rows.gathered is not None:
+            queries = queries.index_select(0, rows.gathered)
+        queries = queries.unflatten(0, rows.query_positions.shape)  # [B, n, H, D]
         if is_exact():
-            by_chunk = query[0].transpose(0, 1).unflatten(0, (batch, rows))
-            return self._attend_exact(by_chunk, keys, values, sinks, scaling, window).flatten(0, 1).unsqueeze(0)
-        if self.chunk_slots is None:
-            keys, values = keys[:batch], values[:batch]
+            out = self._attend_exact(queries, keys, values, sinks, scaling, window)
         else:
-            keys, values = keys.index_select(0, self.chunk_slots), values.index_select(0, self.chunk_slots)
-        group = query.shape[1] // key.shape[1]
-        unused = -group * rows % ROW_BLOCK // rows  # dummy heads in each group
-        queries = query[0].transpose(0, 1).unflatten(0, (batch, rows))  # [B, n, H, D]
-        out = attend_cache(
-            _more_heads(queries, -2, group, unused),
+            out = self._attend_fast(queries, keys, values, sinks, scaling, window)
+        out = out.flatten(0, 1)
+        if rows.scattered is not None:
+            out = out.index_select(0, rows.scattered)
+        return out.unsqueeze(0)
+
+    def _attend_fast(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """`query [B, n, H, D]`, a layer's `keys` and `values [slots + 2, K, columns, D]` -> `[B, n, H, D]`."""
+        group = query.shape[2] // keys.shape[1]
+        columns = self._columns(keys, group)
+        mask = self._mask(window, keys.shape[2], columns, group, query.dtype)
+        keys, values = keys[:, :, :columns], values[:, :, :columns]
+        if self.rows.chunk_slots is None:
+            keys, values = keys[: query.shape[0]], values[: query.shape[0]]
+        else:
+            keys, values = (each.index_select(0, self.rows.chunk_slots) for each in (keys, values))
+        return attend_cache(
+            query,
             keys,
             values,
-            positions=self.positions,
-            sinks=None if sinks is None else _more_heads(sinks, -1, group, unused),
+            positions=self.rows.query_positions,
+            sinks=sinks,
             scale=scaling,
             window=window,
-            mask=self._mask(window, group + unused, query.dtype),
+            mask=mask,
         )
-        return _fewer_heads(out, group, unused).flatten(0, 1).unsqueeze(0)
 
     def _attend_exact(
         self,
@@ -188,17 +246,19 @@ class CacheView:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """`query [B, n, H, D]`, a layer's `keys` and `values [slots + 2, K, cap, D]` -> `[B, n, H, D]`, in tiles."""
-        (batch, rows), kv_heads = self.positions.shape, keys.shape[1]
+        """As `_attend_fast`, in tiles."""
+        (batch, rows), kv_heads = self.rows.query_positions.shape, keys.shape[1]
         places = tile_positions(query.shape[2] // kv_heads)
         missing = -rows % places
         tiles = functional.pad(query, (0, 0, 0, 0, 0, missing)).reshape(-1, places, *query.shape[2:])
-        positions = functional.pad(self.positions, (0, missing), value=-1).view(-1, places)
-        owners = None if self.chunk_slots is None else self.chunk_slots.repeat_interleave((rows + missing) // places)
+        positions = functional.pad(self.rows.query_positions, (0, missing), value=-1).view(-1, places)
+        slots = self.rows.chunk_slots
+        owners = None if slots is None else slots.repeat_interleave((rows + missing) // places)
+        num_blocks = keys.shape[2] // KEY_BLOCK
 
         def key_block(block: int, some: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            columns = slice(block * KEY_BLOCK, (block + 1) * KEY_BLOCK)
-            pair = (each[:, :, columns] for each in (keys, values))
+            start = block % num_blocks * KEY_BLOCK
+            pair = (each[:, :, start : start + KEY_BLOCK] for each in (keys, values))
             if owners is None:
                 first, second = (each[some].flatten(0, 1) for each in pair)
             else:
@@ -209,34 +269,45 @@ class CacheView:
         return out.reshape(batch, rows + missing, *query.shape[2:])[:, :rows]
 
     def _write(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put `key` and `value [K, T, D]` where `write_rows` says."""
+        """Put `key` and `value [K, T, D]` where they belong."""
         keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
-        head_dim = keys.shape[-1]
-        keys.view(-1, head_dim).index_copy_(0, self.write_rows, key.transpose(0, 1).reshape(-1, head_dim))
-        values.view(-1, head_dim).index_copy_(0, self.write_rows, value.transpose(0, 1).reshape(-1, head_dim))
+        columns, head_dim = keys.shape[2:]
+        if columns not in self._write_rows:
+            self._write_rows[columns] = self.cache.write_rows(columns, self.rows.slots, self.rows.positions)
+        places = self._write_rows[columns]
+        keys.view(-1, head_dim).index_copy_(0, places, key.transpose(0, 1).reshape(-1, head_dim))
+        values.view(-1, head_dim).index_copy_(0, places, value.transpose(0, 1).reshape(-1, head_dim))
         return keys, values
 
-    def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """One mask per kind of layer and pass."""
-        if window not in self._masks:
-            capacity = self.cache.capacity
-            self._masks[window] = visible_mask(
-                self.positions, capacity=capacity, window=window, group=group, dtype=dtype
+    def _check_window(self, layer_idx: int, window: int | None) -> None:
+        kept = self.cache.layer_windows[layer_idx]
+        is_ring = self.cache.keys[layer_idx].shape[2] < self.cache.capacity
+        if is_ring and (window is None or kept is None or window > kept):
+            raise ValueError(
+                f"key-value cache: layer {layer_idx} attends with window {window}, its cache keeps {kept}; make the "
+                "engine anew after changing a model's windows"
             )
-        return self._masks[window]
 
+    def _columns(self, keys: torch.Tensor, group: int) -> int:
+        """How many columns to read, of a layer's `keys`."""
+        size, rows = keys.shape[2], self.rows.query_positions.shape[1]
+        if self.rows.highest + 1 >= size:
+            return size
+        counts = column_counts(size, group * rows, keys.shape[3], keys.dtype, keys.device, torch.get_num_threads())
+        return next(count for count in counts if count > self.rows.highest)
 
-def _more_heads(tensor: torch.Tensor, dim: int, group: int, unused: int) -> torch.Tensor:
-    """`tensor` with `unused` zero heads after each `group` of its heads, which lie in dimension `dim` (-1 or -2)."""
-    if unused == 0:
-        return tensor
-    grouped: torch.Tensor = tensor.unflatten(dim, (-1, group))
-    return functional.pad(grouped, (0, 0) * (-dim - 1) + (0, unused)).flatten(dim - 1, dim)
-
-
-def _fewer_heads(out: torch.Tensor, group: int, unused: int) -> torch.Tensor:
-    """`out [B, n, K * (group + unused), D]` without the unused heads."""
-    if unused == 0:
-        return out
-    grouped: torch.Tensor = out.unflatten(2, (-1, group + unused))
-    return grouped[:, :, :, :group].flatten(2, 3)
+    def _mask(
+        self, window: int | None, size: int, columns: int, group: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One mask per kind of layer and pass."""
+        if (window, size) not in self._masks:
+            self._masks[window, size] = visible_mask(
+                self.rows.query_positions,
+                capacity=columns,
+                window=window,
+                group=group,
+                dtype=dtype,
+                newest=self.rows.newest,
+                ring=size if size < self.cache.capacity else None,
+            )
+        return self._masks[window, size]

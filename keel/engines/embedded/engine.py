@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from keel.config import EngineConfig
     from keel.models.policy import PolicyModel
 
-SHORT_CHUNK, LONG_CHUNK = 4, 32
+SHORT_CHUNK, LONG_CHUNK = 8, 32
 LONG_CAPACITY = 512
-"""Prefill chunks have `SHORT_CHUNK` rows up to this capacity (little padding), `LONG_CHUNK` beyond (fewer reads)."""
+"""Prefill chunks have `SHORT_CHUNK` rows up to this capacity, where more of a prompt can be shared, and beyond it
+`LONG_CHUNK`, because each chunk reads its sequence's cache."""
 
 
 class EmbeddedEngine:
@@ -81,21 +82,28 @@ class EmbeddedEngine:
         rows = whole_rows(config.slots, multiple)
         chunk = SHORT_CHUNK if self.capacity <= LONG_CAPACITY else LONG_CHUNK
         tile_rows = whole_rows(config.prefill_tile, multiple)
+        most_rows = 2 * tile_rows  # of a pass that need not have the same number of rows every time
+        tile_chunks = max(1, most_rows // SHORT_CHUNK)
         self._dense = info.num_moe_layers == 0
         with_routes = config.return_routes and not self._dense
         self._cache = SlotCache.allocate(
             rows,
             whole_rows(self.capacity, KEY_BLOCK) if policy.exact else self.capacity,
-            num_layers=info.num_layers,
+            layer_windows=info.layer_windows,
+            pass_rows=most_rows,
             num_kv_heads=info.num_kv_heads,
             head_dim=info.head_dim,
             route_shape=(info.num_moe_layers, info.top_k) if with_routes else None,
             dtype=parameter.dtype,
             device=parameter.device,
         )
-        self._table = SlotTable(rows, self.capacity)
-        self._passes = Passes(policy, self._cache, self._table, tile_rows, chunk)
-        self._scheduler = Scheduler(self._table, config.slots, chunk, tile_rows // chunk)
+        self._table = SlotTable(rows, self.capacity, self._cache.kept_behind)
+        self._passes = Passes(policy, self._cache, self._table, most_rows, chunk, tile_chunks)
+        if self._passes.row_step == 0:
+            self._passes.tile_rows = most_rows = tile_rows
+        self._scheduler = Scheduler(
+            self._table, config.slots, chunk, most_rows, tile_chunks, full_rows=min(tile_rows, most_rows)
+        )
         self._scheduler.version = version
         self._driver: asyncio.Task[None] | None = None
         self._scorer = Scorer(policy, self._passes, lambda: self._scheduler.epoch)
@@ -235,11 +243,14 @@ class EmbeddedEngine:
             await asyncio.gather(driver, return_exceptions=True)
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start: passes of each kind, tokens drawn, prompt tokens copied or left in place."""
+        """Counts since the start: passes of each kind (`lean_passes` are of both), tokens drawn, prompt tokens copied
+        or left in place, tokens fed again because an idle session had given its slot up."""
         passes = self._passes.num_passes
         return {
             "decode_passes": passes["decode"],
             "prefill_passes": passes["prefill"],
+            "lean_passes": passes["lean"],
+            "remade_tokens": self._scheduler.num_remade,
             "drawn_tokens": self.num_drawn,
             "shared_tokens": self._scheduler.num_shared,
             "cache_bytes": self._cache.num_bytes,
@@ -290,8 +301,9 @@ class EmbeddedEngine:
             if not chunks:
                 return done
             hidden = self._passes.prefill(chunks)
-            last = [index for index, chunk in enumerate(chunks) if chunk.last]
-            done.append((scheduler.tile_done(chunks), hidden[last]))
+            complete = scheduler.tile_done(chunks)
+            last = [index for index, chunk in enumerate(chunks) if chunk.last and chunk.slot in complete]
+            done.append((complete, hidden[last]))
 
     def _draw(self, hidden: torch.Tensor | None, prefilled: list[tuple[list[int], torch.Tensor]]) -> None:
         """Draw a token for every slot that is ready; finish what is over."""
@@ -303,10 +315,12 @@ class EmbeddedEngine:
         ready = scheduler.ready()
         if not ready.any():
             return
-        uniform = uniforms(table.seed_state, table.known)
-        wanted = scheduler.support_rows(np.flatnonzero(ready).tolist())
-        settings = (table.temperature, table.top_k, table.top_p)
-        draws = draw(self._passes.logits(hidden), *settings, uniform, wanted, exact=self.policy.exact)
+        rows = np.flatnonzero(ready)
+        uniform = uniforms(table.seed_state[rows], table.known[rows])
+        wanted = np.flatnonzero(np.isin(rows, scheduler.support_rows(rows.tolist()))).tolist()
+        settings = (table.temperature[rows], table.top_k[rows], table.top_p[rows])
+        logits = self._passes.logits(hidden[torch.from_numpy(rows).to(hidden.device)])
+        draws = draw(logits, *settings, uniform, wanted, exact=self.policy.exact).of_rows(rows, table.rows)
         self.num_drawn += int(ready.sum())
         for ended in scheduler.take_draws(ready, draws):
             self._settle(ended.job, ended.reason)

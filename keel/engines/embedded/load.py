@@ -16,6 +16,7 @@ def load_policy(model: ModelConfig, device: torch.device | str, numerics: str = 
         attention=model.attention,
         experts=model.experts,
         head_chunk_tokens=model.head_chunk_tokens,
+        head_dtype=model.head_dtype,
         trust_remote_code=model.trust_remote_code,
         lora=model.lora,
         router=model.router,

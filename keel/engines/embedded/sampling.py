@@ -28,6 +28,13 @@ class Draws:
     finite: np.ndarray  # [R] bool
     support: Mapping[int, np.ndarray]  # of rows where it was wanted: ids [n], likeliest first
 
+    def of_rows(self, rows: np.ndarray, num_rows: int) -> Draws:
+        """The same as draws of `rows [R]` out of `num_rows`; the others drew nothing."""
+        tokens, logprobs = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows)
+        finite = np.zeros(num_rows, dtype=np.bool_)
+        tokens[rows], logprobs[rows], finite[rows] = self.tokens, self.logprobs, self.finite
+        return Draws(tokens, logprobs, finite, {int(rows[index]): ids for index, ids in self.support.items()})
+
 
 def seed_state(seed: int) -> int:
     """The 64-bit stream key of a request's seed (any Python integer; equal modulo 2^64 means equal)."""
@@ -68,7 +75,9 @@ def draw(
     device = logits.device
     greedy = temperature == 0.0
     scale = torch.from_numpy(np.where(greedy, 1.0, temperature)).to(device)
-    scaled = logits.to(torch.float64) / scale[:, None]
+    scaled = logits.to(torch.float64)
+    if (scale != 1.0).any():  # dividing by one changes nothing and costs as much as all the rest
+        scaled /= scale[:, None]
     threshold = torch.from_numpy(uniform).to(device)
     tokens, shares = _draw_whole(scaled, threshold)
     support: dict[int, np.ndarray] = {}

@@ -3,6 +3,10 @@
 Nothing here may change a result, only when it is computed: a request's chunks are cut by its own positions, and copies
 of a common beginning are taken at chunk boundaries of a prefill that started at position 0, so that a copy holds
 the bits that a prefill of its own would have computed.
+
+Sessions keep their slots between requests as long as nobody needs them. Where somebody does, the session that has been
+idle longest gives its slot up. When it returns, its past is made anew in the steps in which it was made: prompts in the
+same chunks, drawn tokens one by one, so that what it draws next has the bits that it would have had.
 """
 
 from __future__ import annotations
@@ -57,12 +61,37 @@ class _Wish:
     length: int
 
 
+@dataclass(frozen=True)
+class _Past:
+    """What a session had fed when it gave its slot up, and where prefill and decoding took turns: see `_history`."""
+
+    token_ids: npt.NDArray[np.int64]
+    bounds: tuple[int, ...]
+
+    def begins(self, token_ids: tuple[int, ...]) -> bool:
+        """Do these tokens begin with it, and go on?"""
+        count = len(self.token_ids)
+        return len(token_ids) > count and bool((self.token_ids == token_ids[:count]).all())
+
+
 class Scheduler:
     """Sessions to slots, first come first served; continuous batching."""
 
-    def __init__(self, table: SlotTable, num_slots: int, chunk: int, tile_chunks: int) -> None:
+    def __init__(
+        self,
+        table: SlotTable,
+        num_slots: int,
+        chunk: int,
+        tile_rows: int,
+        tile_chunks: int,
+        *,
+        full_rows: int | None = None,
+    ) -> None:
+        """A prefill pass has up to `tile_rows` rows, of at most `tile_chunks` chunks of up to `chunk` rows each; with
+        `full_rows` (None: all) it is full enough to run at once."""
         self.table = table
-        self.num_slots, self.chunk, self.tile_chunks = num_slots, chunk, tile_chunks
+        self.full_rows = tile_rows if full_rows is None else full_rows
+        self.num_slots, self.chunk, self.tile_rows, self.tile_chunks = num_slots, chunk, tile_rows, tile_chunks
         self.epoch = 0
         self.version = 0
         self.waiting: deque[Job] = deque()
@@ -72,7 +101,12 @@ class Scheduler:
         self._prefill_order: list[int] = []
         self._wishes: dict[int, _Wish] = {}
         self._idle_rows = 0
+        self._idle: dict[int, None] = {}  # slots of sessions at rest, the one that has been longest first
+        self._history: dict[int, list[int]] = {}  # of each slot the places where a prefill or a decoding ended, in turn
+        self._to_remake: dict[int, list[int]] = {}  # of such places, those that a slot has yet to come to
+        self._pasts: dict[str, _Past] = {}
         self.num_shared = 0
+        self.num_remade = 0
 
     # ---- requests in
 
@@ -81,7 +115,7 @@ class Scheduler:
         self._arrived.append(job)
 
     def admit(self) -> None:
-        """Start all that can start: requests of sessions that hold a slot, then new ones while slots are free."""
+        """Start all that can start: requests of sessions that hold a slot, then others, in slots free or given up."""
         arrived, self._arrived = self._arrived, []
         for job in arrived:
             slot = self.slot_of.get(job.request.session_id)
@@ -89,7 +123,9 @@ class Scheduler:
                 self.waiting.append(job)
             else:
                 self._start(slot, job)
-        while self.waiting and self._free:
+        while self.waiting and (self._free or self._idle):
+            if not self._free:
+                self._give_up(next(iter(self._idle)))
             job = self.waiting.popleft()
             slot = self._free.popleft()
             self.table.sessions[slot] = job.request.session_id
@@ -113,38 +149,64 @@ class Scheduler:
 
     def _start(self, slot: int, job: Job) -> None:
         table = self.table
+        self._idle.pop(slot, None)
+        past = self._pasts.pop(job.request.session_id, None)
         job.spans = [(job.num_prompt, self.version)]
         if table.state[slot] == HELD and table.continues(slot, job.request.token_ids, self.epoch):
             job.num_cached = int(table.fed[slot])
             table.assign(slot, job)
             table.planned[slot] = table.shareable[slot]
-            table.state[slot] = PREFILL
-            self._prefill_order.append(slot)
+            self._prefill(slot, job.num_prompt)
             return
-        self._begin(slot, job.request.token_ids)
+        again: tuple[int, ...] = ()
+        if past is not None and past.begins(job.request.token_ids):
+            again = past.bounds
+            job.num_cached = len(past.token_ids)  # as if it had been kept: a request is not to see its neighbours
+            self.num_remade += job.num_cached
+        self._begin(slot, job.request.token_ids, again=again)
         table.serial[slot] += 1
         table.assign(slot, job)
 
-    def _begin(self, slot: int, token_ids: tuple[int, ...], without: Iterable[int] = ()) -> None:
+    def _begin(
+        self, slot: int, token_ids: tuple[int, ...], *, again: tuple[int, ...] = (), without: Iterable[int] = ()
+    ) -> None:
         """Prefill `slot` from position 0, or from where a copy of another slot's beginning (not `without`'s) ends.
 
-        A slot that still waits for its own copy may be waited for, but only by one that starts after it: so nobody
-        waits in a circle.
+        `again` are the places at which what is made anew changes between prefill and decoding, the first prefill's end
+        being the first. A slot that still waits for its own copy may be waited for, but only by one that starts after
+        it: so nobody waits in a circle.
         """
         table = self.table
+        goal = again[0] if again else len(token_ids)
         table.planned[slot] = table.shareable[slot]
-        source, length = table.common_beginning(token_ids[:-1], self.epoch, favourite=slot, without=without)
-        length -= length % self.chunk
+        source, length = table.common_beginning(
+            token_ids[: goal - 1], self.epoch, favourite=slot, step=self.chunk, without=without
+        )
         kept = length if source == slot else 0
         self.num_shared += kept
         table.epoch[slot] = self.epoch
         table.fed[slot] = table.shareable[slot] = kept
-        table.planned[slot] = len(token_ids)
-        table.state[slot] = PREFILL
-        self._prefill_order.append(slot)
+        if kept == 0:
+            table.written[slot] = 0
+        table.planned[slot] = goal
+        self._history[slot] = []
+        self._to_remake[slot] = list(again[1:])
+        self._prefill(slot, goal)
         self._wishes.pop(slot, None)
         if length > kept:
             self._wishes[slot] = _Wish(source, int(table.serial[source]), length)
+
+    def _prefill(self, slot: int, goal: int) -> None:
+        self.table.state[slot] = PREFILL
+        self.table.goal[slot] = goal
+        self._prefill_order.append(slot)
+
+    def _give_up(self, slot: int) -> None:
+        """Take the slot of a session at rest, and remember how what it holds was made."""
+        session, fed = self.table.sessions[slot], int(self.table.fed[slot])
+        if self.table.epoch[slot] == self.epoch:
+            self._pasts[session] = _Past(self.table.tokens[slot, :fed].copy(), tuple(self._history[slot]))
+        self._free_slot(slot)
 
     # ---- prefill
 
@@ -154,15 +216,18 @@ class Scheduler:
         due: dict[tuple[int, int], list[int]] = {}
         for slot, wish in list(self._wishes.items()):
             ready = table.shareable[wish.source] >= wish.length
+            assert not ready or table.written[wish.source] - wish.length <= table.kept_behind
             if table.serial[wish.source] != wish.serial or not (ready or table.state[wish.source] == PREFILL):
                 del self._wishes[slot]
                 self._prefill_order.remove(slot)
-                self._begin(slot, table.known_tokens(slot), without=tuple(self._wishes))
+                again = (int(table.goal[slot]), *self._to_remake[slot]) if self._to_remake[slot] else ()
+                self._begin(slot, table.known_tokens(slot), again=again, without=tuple(self._wishes))
             elif ready:
                 del self._wishes[slot]
                 due.setdefault((wish.source, wish.length), []).append(slot)
-        for (_, length), targets in due.items():
+        for (source, length), targets in due.items():
             table.fed[targets] = table.shareable[targets] = length
+            table.written[targets] = table.written[source]
             self.num_shared += length * len(targets)
         return [Copy(source, length, tuple(targets)) for (source, length), targets in due.items()]
 
@@ -172,18 +237,28 @@ class Scheduler:
         A full tile runs at once. A tile with unused rows waits until decode passes have left as many rows idle for
         want of these prompts: then waiting has cost what running early would have (the rent-or-buy rule).
         """
-        waiting = [slot for slot in self._prefill_order if slot not in self._wishes]
-        chunks: list[Chunk] = []
-        for slot in waiting:
-            start, target = int(self.table.fed[slot]), int(self.table.known[slot])
-            while start < target and len(chunks) < self.tile_chunks:
-                stop = min(start + self.chunk, target)
-                chunks.append(Chunk(slot, start, stop, stop == target))
-                start = stop
-        unused_rows = (self.tile_chunks - len(chunks)) * self.chunk
+        chunks = self._next_chunks()
+        unused_rows = self.full_rows - sum(chunk.stop - chunk.start for chunk in chunks)
         if not chunks or (self._idle_rows < unused_rows and bool((self.table.state == DECODE).any())):
             return []
         self._idle_rows = 0
+        return chunks
+
+    def _next_chunks(self) -> list[Chunk]:
+        """As many chunks as fit a tile, first come first served."""
+        chunks: list[Chunk] = []
+        rows_left = self.tile_rows
+        for slot in self._prefill_order:
+            if slot in self._wishes:
+                continue
+            start, goal = int(self.table.fed[slot]), int(self.table.goal[slot])
+            while start < goal:
+                stop = min(start + self.chunk, goal)
+                if stop - start > rows_left or len(chunks) == self.tile_chunks:
+                    return chunks
+                chunks.append(Chunk(slot, start, stop, stop == goal))
+                rows_left -= stop - start
+                start = stop
         return chunks
 
     def tile_done(self, chunks: list[Chunk]) -> list[int]:
@@ -193,13 +268,23 @@ class Scheduler:
         for chunk in chunks:
             slot = chunk.slot
             table.fed[slot] = chunk.stop
+            table.written[slot] = max(table.written[slot], chunk.stop)
             if table.planned[slot] > table.shareable[slot]:
                 table.shareable[slot] = chunk.stop
             if chunk.last:
                 table.state[slot] = DECODE
                 self._prefill_order.remove(slot)
-                complete.append(slot)
+                self._history[slot].append(chunk.stop)
+                complete += [slot] if chunk.stop == table.known[slot] else []
+                self._turn_back(slot)
         return complete
+
+    def _turn_back(self, slot: int) -> None:
+        """Prefill again, if `slot` has decoded what it had drawn when its past was made."""
+        places = self._to_remake[slot]
+        if places and self.table.state[slot] == DECODE and self.table.fed[slot] == places[0]:
+            self._history[slot].append(places.pop(0))
+            self._prefill(slot, places.pop(0) if places else int(self.table.known[slot]))
 
     # ---- decode
 
@@ -209,9 +294,13 @@ class Scheduler:
         return np.asarray((table.state == DECODE) & (table.fed < table.known), dtype=np.bool_)
 
     def decode_done(self, active: Flags) -> None:
-        """Note that the last known token of the `active` slots is in the cache."""
-        self.table.fed += active
+        """Note that one more token of the `active` slots is in the cache."""
+        table = self.table
+        table.fed += active
+        np.maximum(table.written, table.fed, out=table.written, where=active)
         self._idle_rows += len(self._prefill_order)
+        for slot in [slot for slot, places in self._to_remake.items() if places]:
+            self._turn_back(slot)
 
     def ready(self) -> Flags:
         """[rows] bool: slots whose next token can be drawn."""
@@ -254,6 +343,8 @@ class Scheduler:
         self.table.jobs[slot] = None
         if job.request.session_id:
             self.table.state[slot] = HELD
+            self._history[slot].append(int(self.table.fed[slot]))
+            self._idle[slot] = None
         else:
             self._free_slot(slot)
 
@@ -263,12 +354,14 @@ class Scheduler:
             self._free_slot(job.slot)
         elif job in self.waiting:
             self.waiting.remove(job)
+            self.end_session(job.request.session_id)
         elif job in self._arrived:
             self._arrived.remove(job)
             self.end_session(job.request.session_id)
 
     def end_session(self, session_id: str) -> None:
         """Free the session's slot; unknown sessions are nobody's."""
+        self._pasts.pop(session_id, None)
         slot = self.slot_of.get(session_id)
         if slot is not None:
             self._free_slot(slot)
@@ -283,6 +376,8 @@ class Scheduler:
         if slot in self._prefill_order:
             self._prefill_order.remove(slot)
         self._wishes.pop(slot, None)
+        self._idle.pop(slot, None)
+        self._to_remake[slot] = []
         self.slot_of.pop(table.sessions[slot], None)
         table.sessions[slot] = ""
         table.jobs[slot] = None
@@ -306,6 +401,7 @@ class Scheduler:
         self.version = version
         self._prefill_order.clear()
         self._wishes.clear()
+        self._pasts.clear()
         table = self.table
         for slot, job in enumerate(table.jobs):
             if job is not None:

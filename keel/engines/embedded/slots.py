@@ -2,7 +2,8 @@
 
 A slot is FREE, HELD (a session waits in it for its next request), in PREFILL or in DECODE. Between passes a decoding
 slot has fed every token it knows but the last one (`fed == known - 1`), or, just after a pass, all of them (`fed ==
-known`: ready to draw). What a free slot holds stays usable as a beginning for others until the slot is taken again.
+known`: ready to draw); one that is made anew decodes tokens it knows already. What a free slot holds stays usable as a
+beginning for others until the slot is taken again.
 """
 
 from __future__ import annotations
@@ -42,13 +43,17 @@ class Job:
 class SlotTable:
     """`rows` slots of `capacity` tokens; columns are indexed by slot."""
 
-    def __init__(self, rows: int, capacity: int) -> None:
+    def __init__(self, rows: int, capacity: int, kept_behind: int | None = None) -> None:
+        """`kept_behind` as the cache says it; None: of every position a slot keeps all."""
         self.rows, self.capacity = rows, capacity
+        self.kept_behind = capacity if kept_behind is None else kept_behind
         self.state = np.full(rows, FREE, dtype=np.int8)
         self.tokens = np.zeros((rows, capacity), dtype=np.int64)
         self.logprobs = np.zeros((rows, capacity), dtype=np.float64)
         self.known = np.zeros(rows, dtype=np.int64)  # tokens in `tokens`: prompt and drawn
         self.fed = np.zeros(rows, dtype=np.int64)  # tokens whose keys and values are in the cache
+        self.goal = np.zeros(rows, dtype=np.int64)  # where the prefill under way ends
+        self.written = np.zeros(rows, dtype=np.int64)  # positions written since position 0 was: `fed`, or more if cut
         self.end = np.zeros(rows, dtype=np.int64)  # `known` at which the length limit is reached
         self.shareable = np.zeros(rows, dtype=np.int64)  # first positions prefilled in chunks counted from 0
         self.planned = np.zeros(rows, dtype=np.int64)  # what `shareable` will be when the prefill is done
@@ -91,12 +96,13 @@ class SlotTable:
         return tuple(self.tokens[slot, : self.known[slot]].tolist())
 
     def common_beginning(
-        self, token_ids: tuple[int, ...], epoch: int, favourite: int, without: Iterable[int] = ()
+        self, token_ids: tuple[int, ...], epoch: int, favourite: int, step: int, without: Iterable[int] = ()
     ) -> tuple[int, int]:
-        """The slot with the longest usable beginning of `token_ids`, and its length; `favourite` wins a tie.
+        """The slot with the longest usable beginning of `token_ids`, and its length in whole steps; `favourite` wins a
+        tie.
 
         Usable is what was, or is just being, prefilled from position 0 under the present weights: that is bit for bit
-        what a prefill of `token_ids` would compute.
+        what a prefill of `token_ids` would compute. It must not have been written over since.
         """
         length = len(token_ids)
         if length == 0:
@@ -104,6 +110,8 @@ class SlotTable:
         different = self.tokens[:, :length] != np.asarray(token_ids)
         same = np.where(different.any(axis=1), different.argmax(axis=1), length)
         usable = np.minimum(same, self.planned) * (self.epoch == epoch)
+        usable -= usable % step
+        usable[self.written - usable > self.kept_behind] = 0
         usable[list(without)] = 0
         best = int(usable.argmax())
         if usable[favourite] == usable[best]:

@@ -116,19 +116,80 @@ def test_sessions_without_a_slot_wait_in_the_order_they_came(make_engine: Make) 
     assert finished == list("abcdef")
 
 
-def test_a_finished_session_keeps_its_slot_until_it_ends(make_engine: Make) -> None:
+def test_a_session_at_rest_keeps_its_slot_as_long_as_nobody_needs_it(make_engine: Make) -> None:
+    engine = make_engine(slots=2)
+
+    async def main() -> None:
+        await engine.generate(ask(session="first"))
+        second = await engine.generate(ask(session="second"))
+        # The third takes the slot of the one that has been at rest longest; nobody waits for ever.
+        await finished(asyncio.create_task(engine.generate(ask(session="third"))))
+        again = await finished(
+            asyncio.create_task(engine.generate(ask((*PROMPT, *second.token_ids, 5), session="second")))
+        )
+        assert again.num_cached_tokens == len(PROMPT) + 6 - 1
+        assert engine.statistics()["remade_tokens"] == 0
+        assert sorted(engine._scheduler.slot_of) == ["second", "third"]
+
+    asyncio.run(main())
+
+
+def test_a_session_that_runs_gives_nothing_up(make_engine: Make) -> None:
     engine = make_engine(slots=1)
 
     async def main() -> None:
-        await engine.generate(ask(session="holder"))
+        running = asyncio.create_task(engine.generate(ask(session="holder", length=40)))
         waiting = asyncio.create_task(engine.generate(ask(session="next")))
         await turns_of_the_loop(20)
         assert not waiting.done()
         assert (await engine.health()).waiting == 1
-        await engine.end_session("holder")
-        assert (await waiting).finish_reason == "length"
+        assert (await finished(running)).finish_reason == "length"
+        assert (await finished(waiting)).finish_reason == "length"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_what_a_session_gave_up_is_made_anew_to_the_bit(make_engine: Make, between: bool) -> None:
+    """Three turns, one of them of a single token, in a slot of its own and in one that others take every time."""
+
+    async def main(engine: EmbeddedEngine) -> list[GenerateResult]:
+        tokens: tuple[int, ...] = ()
+        results = []
+        for number, length in enumerate((9, 1, 14, 5)):
+            tokens += tuple(range(100 + 20 * number, 111 + 20 * number))
+            results.append(await finished(asyncio.create_task(engine.generate(ask(tokens, length=length)))))
+            tokens += results[-1].token_ids
+            if between:
+                await finished(asyncio.create_task(engine.generate(ask((7, number), session=f"other {number}"))))
+        return results
+
+    engine = make_engine(slots=1)
+    results = asyncio.run(main(engine))
+    fed = [0, 19, 31, 56]  # a turn's last token is fed in the next
+    assert [result.num_cached_tokens for result in results] == fed
+    assert engine.statistics()["remade_tokens"] == (sum(fed) if between else 0)
+    undisturbed = make_engine(slots=5)
+    assert asyncio.run(main(undisturbed)) == results
+    assert undisturbed.statistics()["remade_tokens"] == 0
+
+
+def test_a_given_up_session_whose_weights_are_gone_feeds_everything_again(make_engine: Make) -> None:
+    engine = make_engine(fresh=True, slots=1)
+
+    async def main() -> list[GenerateResult]:
+        first = await engine.generate(ask())
+        await engine.generate(ask(session="other"))
+        shift(engine, 1.01)
+        await engine.load_weights(WeightSource("shared"), 4)
+        longer = (*PROMPT, *first.token_ids, 9)
+        second = await engine.generate(ask(longer))
+        await engine.end_session("s")
+        return [second, await engine.generate(ask(longer, session="fresh"))]
+
+    second, fresh = asyncio.run(main())
+    assert second.num_cached_tokens == 0
+    assert second == fresh
 
 
 def test_a_request_without_a_session_keeps_nothing(make_engine: Make) -> None:

@@ -88,17 +88,17 @@ def test_an_engine_that_has_seen_much_gives_the_same_as_a_fresh_one(
 def test_sharing_a_prompt_changes_nothing_but_the_work(
     make_engine: Make, random_episode: Any, run_episodes: Any, dtype: str
 ) -> None:
-    engine = make_engine("gpt_oss", dtype, slots=6)
+    engine = make_engine("gpt_oss", dtype, slots=16)
     vocab_size = engine.policy.info.vocab_size
     group = [
         dataclasses.replace(random_episode(number, vocab_size), contexts=(tuple(range(7, 36)), (5, 4)))
         for number in range(16)
     ]
     shared = run_episodes(engine, group)
-    # 29 prompt tokens: seven whole chunks of 4 are copied by the 15 that come after the first.
-    assert engine.statistics()["shared_tokens"] == 15 * 28
+    # 29 prompt tokens: three whole chunks of 8 are copied by the 15 that come after the first.
+    assert engine.statistics()["shared_tokens"] == 15 * 24
     for episode in group[::5]:
-        lonely = make_engine("gpt_oss", dtype, slots=6)
+        lonely = make_engine("gpt_oss", dtype, slots=16)
         results = run_episodes(lonely, [episode])[episode.name]
         assert lonely.statistics()["shared_tokens"] == 0
         assert shared[episode.name] == results
