@@ -51,6 +51,9 @@ class ModelConfig(Section):
     head_chunk_tokens: int = Field(
         1024, ge=1, description="tokens per chunk of the output head; no [T, V] is ever held"
     )
+    head_dtype: Literal["model", "float32"] = Field(
+        "model", description="type of the head's products; 'float32' rounds no logit to bfloat16, a tile at a time"
+    )
     trust_remote_code: bool = Field(False, description="run code shipped with a model; off unless said")
     revision: str = Field("", description="branch, tag or commit of a hub id; empty: its main branch")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="train a low-rank adapter (PEFT) of the weights")

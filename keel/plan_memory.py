@@ -69,6 +69,8 @@ def estimate_memory(config: TrainConfig, info: ModelInfo, model_config: Any, par
     `trained` above zero and `config.model.lora.rank` above zero mean an adapter: then the reference is the base with
     the adapter off, and costs nothing.
     """
+    from keel.ops.logprobs import VOCABULARY_TILE
+
     adapter = config.model.lora.rank > 0
     size = 2 if config.model.dtype == "bfloat16" else FLOAT32_BYTES
     weights = (parameters + (trained if adapter else 0)) * size
@@ -77,13 +79,14 @@ def estimate_memory(config: TrainConfig, info: ModelInfo, model_config: Any, par
     slot_tokens = config.engine.max_sequence_tokens or config.rollout.max_sequence_tokens
     key_values = 2 * info.num_layers * info.num_kv_heads * info.head_dim * size * config.engine.slots * slot_tokens
     chunk = min(config.model.head_chunk_tokens, config.batch.max_tokens)
+    words = info.vocab_size if config.numerics == "exact" else min(info.vocab_size, VOCABULARY_TILE)
     return Memory(
         weights=weights,
         gradients=trained * FLOAT32_BYTES,
         optimizer=2 * trained * FLOAT32_BYTES + masters,
         reference=weights if config.algo.kl.coefficient > 0 and not adapter else 0,
         activations=_activations(config, info, model_config, size),
-        head=2 * chunk * info.vocab_size * FLOAT32_BYTES,
+        head=words * (3 * chunk + 2 * info.hidden_size) * FLOAT32_BYTES,  # tiles of logits, and of the head's gradient
         key_values=key_values,
         engine_weights=weights if own_copy else 0,
     )

@@ -83,6 +83,7 @@ class Learner:
             experts=model.experts,
             gradient_checkpointing=model.gradient_checkpointing,
             head_chunk_tokens=model.head_chunk_tokens,
+            head_dtype=model.head_dtype,
             trust_remote_code=model.trust_remote_code,
             revision=model.revision,
             device=self.device,

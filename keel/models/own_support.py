@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def own_support(
-    hidden: torch.Tensor, head: nn.Linear, micro_batch: MicroBatch, chunk_tokens: int
+    hidden: torch.Tensor, head: nn.Linear, micro_batch: MicroBatch, chunk_tokens: int, wide: bool
 ) -> TokenSupport | None:
     """What each label was chosen from: as the micro-batch says, and where that is missing, the model's own cut.
 
@@ -31,7 +31,7 @@ def own_support(
         return given
     assert micro_batch.top_k is not None and micro_batch.top_p is not None  # noqa: PT018 (they come together)
     counts, ids = [], []
-    for rows, scaled in _chunks(hidden, head, micro_batch, chunk_tokens):
+    for rows, scaled in _chunks(hidden, head, micro_batch, chunk_tokens, wide):
         missing = micro_batch.support_missing[rows]
         _, inside = given.inside(rows.start, rows.start + len(scaled), scaled.shape[1])
         own = own_cut(
@@ -49,7 +49,7 @@ def own_support(
 
 @torch.no_grad()
 def support_differs(
-    hidden: torch.Tensor, head: nn.Linear, micro_batch: MicroBatch, chunk_tokens: int
+    hidden: torch.Tensor, head: nn.Linear, micro_batch: MicroBatch, chunk_tokens: int, wide: bool
 ) -> torch.Tensor | None:
     """[T] bool: where the model's own cut would have left something else; None if nothing was cut.
 
@@ -60,15 +60,16 @@ def support_differs(
         return None
     parts = [
         differs_from_own_cut(scaled, given, rows.start, micro_batch.top_k[rows], micro_batch.top_p[rows])
-        for rows, scaled in _chunks(hidden, head, micro_batch, chunk_tokens)
+        for rows, scaled in _chunks(hidden, head, micro_batch, chunk_tokens, wide)
     ]
     return torch.cat(parts)
 
 
 def _chunks(
-    hidden: torch.Tensor, head: nn.Linear, micro_batch: MicroBatch, chunk_tokens: int
+    hidden: torch.Tensor, head: nn.Linear, micro_batch: MicroBatch, chunk_tokens: int, wide: bool
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows and their logits over their temperatures `[n, V]`, one chunk after the other."""
     for start in range(0, hidden.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        yield rows, scaled_logits(hidden, head.weight, head.bias, micro_batch.temperature, rows)
+        temperature = micro_batch.temperature
+        yield rows, scaled_logits(hidden, head.weight, head.bias, temperature, rows, float32_products=wide)

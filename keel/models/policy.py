@@ -112,6 +112,8 @@ class PolicyModel(nn.Module):
         self.exact = False
         """Whether a token's bits depend on its own past alone; see `make_exact`."""
         self.head_chunk_tokens = head_chunk_tokens
+        self.head_in_float32 = False
+        """Whether the head's products are made in float32 where the model's type is narrower."""
         self.routers = replace_routers(model)  # a tuple: registered where they stand, not a second time here
         fit_modules(model)
         self._packs = _takes_packed_input(model.config._attn_implementation)
@@ -120,7 +122,7 @@ class PolicyModel(nn.Module):
             self.enable_gradient_checkpointing()
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 (the options of the config's section)
         cls,
         path: str | Path,
         *,
@@ -129,6 +131,7 @@ class PolicyModel(nn.Module):
         experts: str = "keel",
         gradient_checkpointing: bool = False,
         head_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        head_dtype: str = "model",
         trust_remote_code: bool = False,
         revision: str = "",
         device: torch.device | str | None = None,
@@ -172,6 +175,7 @@ class PolicyModel(nn.Module):
         if device is not None:
             model.to(device)
         policy = cls(model, head_chunk_tokens=head_chunk_tokens, gradient_checkpointing=gradient_checkpointing)
+        policy.head_in_float32 = head_dtype == "float32"
         if experts == keel_experts.IMPLEMENTATION:
             keel_experts.check(model)
         policy.adapter = put_on_adapter(model, path, lora, revision)
@@ -263,6 +267,7 @@ class PolicyModel(nn.Module):
             bias=self.head.bias,
             support=rows.support,
             chunk_tokens=self.head_chunk_tokens,
+            float32_products=self.head_in_float32,
             with_entropy=with_entropy,
             entropy_grad=entropy_grad,
         )
@@ -272,7 +277,7 @@ class PolicyModel(nn.Module):
             computed=rows.computed,
         )
         if with_own_support or with_support_check:
-            cut = (rows.of_inputs(hidden), self.head, micro_batch, self.head_chunk_tokens)
+            cut = (rows.of_inputs(hidden), self.head, micro_batch, self.head_chunk_tokens, self.head_in_float32)
             outputs = replace(
                 outputs,
                 own_support=own_support(*cut) if with_own_support else None,
@@ -318,7 +323,7 @@ class PolicyModel(nn.Module):
     @_in_its_numerics
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head: `[T, Hd]` -> `[T, V]`, float32 (float64 stays float64), before any temperature."""
-        return head_logits(hidden, self.head.weight, self.head.bias)
+        return head_logits(hidden, self.head.weight, self.head.bias, float32_products=self.head_in_float32)
 
     @property
     def head(self) -> nn.Linear:

@@ -19,6 +19,11 @@ class Tiles:
     words: int
     wide: bool
 
+    @staticmethod
+    def dtype(hidden: torch.Tensor) -> torch.dtype:
+        """Of everything after the products."""
+        return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
     def of(self, length: int, step: int) -> Iterator[slice]:
         """Slices of at most `step` that cover `length`."""
         return (slice(start, min(start + step, length)) for start in range(0, length, step))
@@ -38,7 +43,7 @@ class Head:
     @property
     def dtype(self) -> torch.dtype:
         """Of everything after the products."""
-        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        return self.tiles.dtype(self.hidden)
 
     def product_type(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` in the type in which products are made."""

@@ -36,10 +36,22 @@ VOCABULARY_TILE = 2048
 """Words whose logits, and whose gradients of the head, are alive at once."""
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`hidden [T, Hd]` times the head `weight [V, Hd]`: logits `[T, V]`, float32 (float64 stays float64)."""
-    logits = linear(hidden, weight, bias)
-    return logits if logits.dtype == torch.float64 else logits.float()
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, float32_products: bool = False
+) -> torch.Tensor:
+    """`hidden [T, Hd]` times the head `weight [V, Hd]`: logits `[T, V]`, float32 (float64 stays float64).
+
+    `float32_products` as in `linear_logprobs`.
+    """
+    tiles = Tiles(hidden.shape[0], weight.shape[0] if is_exact() else VOCABULARY_TILE, float32_products)
+    if not float32_products or hidden.dtype in (torch.float32, torch.float64):
+        return linear(hidden, weight, bias).to(tiles.dtype(hidden))
+    wide = hidden.float()
+    parts = [
+        linear(wide, weight[words].float(), None if bias is None else bias[words].float())
+        for words in tiles.of(weight.shape[0], tiles.words)
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 def linear_logprobs(
@@ -152,10 +164,16 @@ def _check(
 
 
 def scaled_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: torch.Tensor | None, rows: slice
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    rows: slice,
+    *,
+    float32_products: bool = False,
 ) -> torch.Tensor:
-    """Logits of one chunk over its temperatures, `[n, V]`, nothing cut; forward and backward make them alike."""
-    logits = head_logits(hidden[rows], weight, bias)
+    """Logits of one chunk over its temperatures, `[n, V]`, nothing cut; those that `linear_logprobs` makes."""
+    logits = head_logits(hidden[rows], weight, bias, float32_products=float32_products)
     return logits if temperature is None else logits.div_(temperature[rows, None].to(logits.dtype))
 
 

@@ -111,6 +111,24 @@ def test_entropy_carries_a_gradient_only_if_asked(gpt_oss):
     assert policy(batch, with_entropy=False).entropy is None
 
 
+def test_a_head_in_float32_rounds_no_logit_on_either_side(directory):
+    """A bfloat16 model: what engine and learner take the log-probs from has float32's bits."""
+    batch = make_micro_batch((12, 7))
+    policies = {
+        head_dtype: PolicyModel.load(directory, dtype="bfloat16", head_dtype=head_dtype)
+        for head_dtype in ("model", "float32")
+    }
+    with torch.no_grad():
+        hidden = torch.randn(5, policies["model"].head.in_features).bfloat16()
+        rounded, whole = (policy.logits(hidden) for policy in policies.values())
+        found = {head_dtype: policy(batch).logprobs for head_dtype, policy in policies.items()}
+    expected = hidden.double() @ policies["model"].head.weight.double().t()
+    assert (whole - expected).abs().max() < 1e-5
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(found["float32"], found["model"])
+    assert (found["float32"] - found["model"]).abs().max() < 0.1
+
+
 def test_logits_of_the_trunk_give_the_same_logprobs(directory):
     policy, batch = PolicyModel.load(directory), make_micro_batch((12,))
     with torch.no_grad():
