@@ -32,7 +32,7 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`rows [U, ...]` at `index [T]` -> `[T, ...]`; a row that is taken often gets the sum of the gradients.
 
-    In bfloat16 torch's own `index_select` rounds after every addition; this rounds once.
+    torch's own `index_select` promises neither the width of that sum nor, on CUDA, its order.
     """
     out: torch.Tensor = _GatherRows.apply(rows, index)  # type: ignore[no-untyped-call]
     return out
