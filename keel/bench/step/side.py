@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ class Gate:
 
     def wait(self, report: Report) -> bool:
         """Say that it is ready (the first time) or what the last step was like; whether another step is wanted."""
-        self._pipe.send(("report", report))
+        self._pipe.send(("report", {**report, "cpu_s": time.process_time()}))
         try:
             self._pipe.recv()
         except EOFError:
@@ -54,14 +55,18 @@ class Side(AbstractContextManager["Side"]):
         self._process.start()
         theirs.close()
         self.reports: list[Report] = []
+        self._cpu_s = 0.0
         self.ready = self._answer()
 
     def step(self) -> Report:
-        """Take one step."""
+        """Take one step. "others_share" of its report is the share of all cores that other processes had meanwhile."""
+        begun, busy_s, own_s = time.perf_counter(), busy_seconds(), self._cpu_s
         self._pipe.send("step")
         report = self._answer()
-        self.reports.append(report)
-        return report
+        others_s = busy_seconds() - busy_s - (self._cpu_s - own_s)
+        share = max(0.0, others_s) / (time.perf_counter() - begun) / (os.cpu_count() or 1)
+        self.reports.append({**report, "others_share": share})
+        return self.reports[-1]
 
     def close(self) -> None:
         """End the process."""
@@ -89,7 +94,15 @@ class Side(AbstractContextManager["Side"]):
         if kind == "failed":
             raise BenchError(f"a side failed: {value}")
         answer: Report = value
+        self._cpu_s = answer["cpu_s"]
         return answer
+
+
+def busy_seconds() -> float:
+    """Processor seconds that all cores have spent at work since the machine started, stolen ones included."""
+    first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, first[1:9])
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve(pipe: Connection, log: str, run: Callable[..., None], arguments: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from keel.bench.measure import BenchError
 from keel.bench.step import work as given
 from keel.bench.step.keel_side import run_keel
-from keel.bench.step.measure import _require_same_work, _rows
+from keel.bench.step.measure import _least_disturbed, _require_same_work, _rows
 from keel.bench.step.side import Gate, Side
 from keel.bench.step.work import CALL, Work, build, prompt_ids
 
@@ -72,7 +72,7 @@ def test_the_distance_of_two_gradients_is_by_the_seconds_norm():
         distance({"a": torch.ones(1)}, theirs)
 
 
-REPORT = {"step_s": 2.0, "generate_s": 1.0, "score_s": 0.1, "update_s": 0.8, "extra_bytes": 2**21}
+REPORT = {"step_s": 2.0, "generate_s": 1.0, "score_s": 0.1, "update_s": 0.8, "extra_bytes": 2**21, "others_share": 0.01}
 SLOWER = {name: 2 * value for name, value in REPORT.items()}
 
 
@@ -82,7 +82,26 @@ def test_rows_have_the_step_with_memory_and_equality_and_then_its_parts():
     whole = rows[0]
     assert (whole["ours_ms"], whole["peer_ms"], whole["ratio"]) == (2000.0, 4000.0, 2.0)
     assert (whole["ours_mib"], whole["peer_mib"], whole["equal_to"]) == (2, 4, 1.2e-6)
-    assert whole["ours_tokens_per_s"] == 50
+    assert (whole["ours_tokens_per_s"], whole["others_share"]) == (50, 0.02)
+
+
+class Played:
+    """Stands for a side: its steps are disturbed as told."""
+
+    def __init__(self, shares):
+        self.left = list(shares)
+        self.reports = []
+
+    def step(self):
+        self.reports.append({"others_share": self.left.pop(0), "round": len(self.reports)})
+
+
+def test_rounds_that_others_disturbed_are_taken_anew_and_chosen_by_that_alone():
+    sides = {"ours": Played([0.9, 0.0, 0.0, 0.4, 0.01, 0.5]), "peer": Played([0.9, 0.3, 0.02, 0.0, 0.0, 0.5])}
+    chosen = _least_disturbed(sides, 2)
+    assert [report["round"] for report in chosen["ours"]] == [2, 4]
+    assert [report["round"] for report in chosen["peer"]] == [2, 4]
+    assert len(sides["ours"].reports) == 5  # enough then
 
 
 @pytest.mark.parametrize(("tokens", "updates"), [(TOOL.drawn_tokens - 1, 1), (TOOL.drawn_tokens, 0)])
@@ -108,7 +127,7 @@ def dies(gate: Gate) -> None:
 def test_a_side_is_another_process_whose_failure_is_told():
     with Side(fails_at_the_second_step) as side:
         assert side.ready["pid"] != os.getpid()
-        assert side.step() == {}
+        assert side.step()["others_share"] >= 0.0
         with pytest.raises(BenchError, match="on purpose"):
             side.step()
     with Side(dies) as side, pytest.raises(BenchError, match="last words"):
