@@ -53,9 +53,9 @@ class AttentionReport:
 def register(backend: str | None = None) -> None:
     """Register `attn_implementation="keel"`, attention and mask function, with `transformers`.
 
-    `backend` is "auto" (at first), "cpu", "cuda", "blocks", "flash_attn_2", "flash_attn_3", "flash_attn_4", "flex" or
-    "reference", for all models that use "keel" from now on; None leaves it as it is. Raises AttentionBackendError for
-    another name.
+    `backend` is "auto" (at first), "cpu", "cuda", "blocks", "cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4",
+    "flex" or "reference", for all models that use "keel" from now on; None leaves it as it is. Raises
+    AttentionBackendError for another name.
     """
     from keel.models import attention
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from keel.ops.attention import blocks, cpu, cuda, flash_packages, flex
+from keel.ops.attention import blocks, cpu, cuda, cudnn, flash_packages, flex
 from keel.ops.attention.layout import AttentionBackendError, Layout
 
 FULL = (torch.float32, torch.float64)
@@ -93,6 +93,16 @@ BACKENDS: dict[str, Backend] = {
         blocks.forward,
         blocks.backward,
         "plain products by blocks of rows: the CUDA flash kernels take bfloat16 and float16 only",
+    ),
+    "cudnn": Backend(
+        "cudnn",
+        ("cuda",),
+        HALF,
+        cudnn.forward,
+        cudnn.backward,
+        "cuDNN's attention in torch, for layers without a window",
+        refuses_size=cudnn.refuses_size,
+        automatic=False,
     ),
     "flash_attn_2": Backend(
         "flash_attn_2",

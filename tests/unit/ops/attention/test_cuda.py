@@ -19,6 +19,7 @@ from keel.ops.attention import (
     AttentionBackendError,
     Span,
     build_layout,
+    cudnn,
     dense_attention,
     flash_packages,
     flex,
@@ -305,6 +306,73 @@ def test_a_package_with_sinks_of_its_own_is_told_the_same(packages, window):
 def test_packages_that_are_not_there_are_named():
     with pytest.raises(AttentionBackendError, match=r"flash_attn_varlen_func cannot be had: .*install the package"):
         values_and_gradients(packed_layout(PACKED, None), "flash_attn_4")
+
+
+def cudnn_forward(
+    query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask, *, scale
+):  # fmt: skip
+    assert (attn_bias, compute_log_sumexp, dropout_p, is_causal) == (None, True, 0.0, True)
+    group = query.shape[1] // key.shape[1]
+    hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+    scores = (query @ key.repeat_interleave(group, 1).transpose(2, 3) * scale).masked_fill(hidden, -math.inf)
+    out = scores.softmax(-1) @ value.repeat_interleave(group, 1)
+    return out, scores.logsumexp(-1, keepdim=True), None, None, 0, 0, torch.zeros(()), torch.zeros(()), None
+
+
+def cudnn_backward(
+    grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k,
+    max_q, max_k, dropout_p, is_causal, *, scale,
+):  # fmt: skip
+    assert (attn_bias, cum_seq_q, cum_seq_k, dropout_p, is_causal) == (None, None, None, 0.0, True)
+    assert (max_q, max_k, logsumexp.shape) == (query.shape[2], key.shape[2], (*query.shape[:3], 1))
+    group = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+    p = torch.exp(query @ keys.transpose(2, 3) * scale - logsumexp).masked_fill(hidden, 0.0)
+    ds = p * (grad_out @ values.transpose(2, 3) - (grad_out * out).sum(-1, keepdim=True)) * scale
+    dk, dv = ((x.transpose(2, 3) @ y).unflatten(1, (-1, group)).sum(2) for x, y in ((ds, query), (p, grad_out)))
+    return ds @ keys, dk, dv
+
+
+@pytest.fixture
+def cudnn_on_the_cpu(monkeypatch):
+    import dataclasses
+
+    monkeypatch.setattr(cudnn, "_forward", cudnn_forward)
+    monkeypatch.setattr(cudnn, "_backward", cudnn_backward)
+    taking = dataclasses.replace(BACKENDS["cudnn"], device_types=("cpu",), dtypes=(torch.float64,))
+    monkeypatch.setitem(BACKENDS, "cudnn", taking)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, (16, 16), (1,), (3, 19, 20, 18)])
+def test_what_cudnn_is_told_gives_the_dense_twins_values_and_gradients(cudnn_on_the_cpu, lengths):
+    layout = packed_layout(torch.tensor([0, *lengths]).cumsum(0), None)
+    pairs = zip(values_and_gradients(layout, "cudnn"), values_and_gradients(layout, "reference"), strict=True)
+    for what, (got, want) in zip(("out", "dq", "dk", "dv", "ds"), pairs, strict=True):
+        assert (got - want).abs().max() < 1e-12, what
+
+
+def test_padding_that_nobody_computes_and_what_cudnn_cannot_do(cudnn_on_the_cpu):
+    padded = build_layout((Span(3, 17, 3, 17, 0), Span(20, 12, 20, 12, 0)), None, 40, 40)
+    pairs = zip(values_and_gradients(padded, "cudnn"), values_and_gradients(padded, "reference"), strict=True)
+    assert all((got - want).abs().max() < 1e-12 for got, want in pairs)
+    with pytest.raises(AttentionBackendError, match="has no window"):
+        values_and_gradients(packed_layout(PACKED, 7), "cudnn")
+    for span in (Span(0, 20, 0, 50, 30), Span(3, 17, 0, 17, 0)):
+        with pytest.raises(AttentionBackendError, match="takes whole sequences"):
+            values_and_gradients(build_layout((span,), None, 40, 90), "cudnn")
+
+
+def test_cudnns_functions_in_this_torch_take_these_arguments():
+    """On the meta device torch checks the call and the shapes without computing anything."""
+    layout, total = packed_layout(PACKED, None), sum(RAGGED)
+    given = [
+        torch.empty(total, heads, SIZE, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    out, lse = cudnn.forward(*given, layout, SCALE)
+    assert (out.shape, lse.shape, lse.dtype) == ((total, HEADS, SIZE), (total, HEADS), torch.float32)
+    gradients = cudnn.backward(out, *given, out, lse, layout, SCALE)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in given]
 
 
 @pytest.fixture

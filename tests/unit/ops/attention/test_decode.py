@@ -14,6 +14,7 @@ from keel.ops.attention import (
     dense_attention,
     visible_mask,
 )
+from keel.ops.attention.decode import COLUMN_BLOCK, column_counts
 
 HEADS, KV_HEADS, SIZE, CAPACITY, SCALE = 6, 2, 10, 96, 0.3
 SINKS = (-20.0, -3.0, 0.0, 1.5, 7.0, 20.0)
@@ -118,3 +119,54 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         attend_cache(**{**given, "q": given["q"][:, :, :5]}, scale=SCALE, window=None)
     with pytest.raises(ValueError, match="attend_cache needs"):
         attend_cache(**{**given, "v_cache": given["v_cache"][:, :, :5]}, scale=SCALE, window=None)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_fewer_than_four_query_rows_have_the_same_bits_on_every_thread(heads: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        generator = torch.Generator().manual_seed(3)
+        q = torch.randn(40, 1, heads, SIZE, generator=generator)
+        caches = torch.randn(2, 40, 2, CAPACITY, SIZE, generator=generator)
+        positions = torch.randint(CAPACITY, (40, 1), generator=generator)
+        order = torch.randperm(40, generator=generator)
+        whole = attend_cache(q, *caches, positions=positions, sinks=None, scale=SCALE, window=None)
+        moved = attend_cache(
+            q[order], *caches[:, order], positions=positions[order], sinks=None, scale=SCALE, window=None
+        )
+        assert torch.equal(moved, whole[order])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 7])
+def test_reading_fewer_columns_changes_no_bit(dtype: torch.dtype, window: int | None) -> None:
+    capacity = 640
+    given = inputs(dtype, capacity)
+    given["positions"] = given["positions"].clamp(max=60)
+    counts = column_counts(capacity, 9, SIZE, dtype, torch.device("cpu"), torch.get_num_threads())
+    assert counts[-1] == capacity
+    assert all(count % COLUMN_BLOCK == 0 for count in counts)
+    whole = attend_cache(**given, scale=SCALE, window=window)
+    for count in counts:
+        short = {**given, "k_cache": given["k_cache"][:, :, :count], "v_cache": given["v_cache"][:, :, :count]}
+        assert torch.equal(attend_cache(**short, scale=SCALE, window=window), whole)
+
+
+def test_a_ring_holds_what_the_window_sees() -> None:
+    given, ring, window = inputs(torch.float64), 32, 7
+    plain = attend_cache(**given, scale=SCALE, window=window)
+    positions = given["positions"]
+    newest = positions.max(-1).values
+    for name in ("k_cache", "v_cache"):
+        turned = torch.full_like(given[name][:, :, :ring], 1e3)
+        for element, last in enumerate(newest.tolist()):
+            for place in range(last + 1):
+                turned[element, :, place % ring] = given[name][element, :, place]
+        given[name] = turned
+    mask = visible_mask(
+        positions, capacity=ring, window=window, group=HEADS // KV_HEADS, dtype=torch.float64, newest=newest, ring=ring
+    )
+    assert (attend_cache(**given, scale=SCALE, window=window, mask=mask) - plain).abs().max() < 1e-12

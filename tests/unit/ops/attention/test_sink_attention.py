@@ -358,4 +358,4 @@ def test_a_device_and_a_type_choose_the_backend() -> None:
     assert {choose_backend("auto", card, dtype, 64).name for dtype in HALVES} == {"cuda"}
     assert {choose_backend("auto", card, dtype).name for dtype in (torch.float32, torch.float64)} == {"blocks"}
     assert [backend.name for backend in usable_backends(cpu, torch.float32, 64)] == ["cpu", "blocks"]
-    assert [backend.name for backend in usable_backends(card, torch.bfloat16, 64)] == ["cuda", "flex"]
+    assert [backend.name for backend in usable_backends(card, torch.bfloat16, 64)] == ["cuda", "cudnn", "flex"]
