@@ -1,7 +1,7 @@
 """The kernel pairs there are, and which of them computes what: by name, or automatically with a reason to print.
 
-Automatic choice takes torch's own kernels only: they come with torch, and are the ones every test of a device runs.
-Kernels of other packages are used when they are asked for by name, and refused with the reason where they cannot run.
+Automatic choice takes the first that can, in the order of `BACKENDS`, where torch's own flash kernels come first: they
+come with torch, and are the ones every test of a device runs. What is asked for by name is used, or refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Backend:
     """A kernel pair, and the devices, element types and head sizes it takes; a backend never hears of sinks.
 
     `refuses_size` and `refuses_device` say in words why a head size or a device will not do, or None. `package` is the
-    module that must be installed. Only `automatic` ones are chosen by "auto".
+    module that must be installed.
     """
 
     name: str
@@ -63,7 +63,6 @@ class Backend:
     refuses_size: Callable[[int], str | None] | None = None
     refuses_device: Callable[[torch.device], str | None] | None = None
     package: str | None = None
-    automatic: bool = True
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int | None = None) -> str | None:
         """Why it cannot compute tensors of `dtype` on `device` with heads of `head_size`, or None if it can."""
@@ -102,7 +101,6 @@ BACKENDS: dict[str, Backend] = {
         cudnn.backward,
         "cuDNN's attention in torch, for layers without a window",
         refuses_size=cudnn.refuses_size,
-        automatic=False,
     ),
     "flash_attn_2": Backend(
         "flash_attn_2",
@@ -113,7 +111,6 @@ BACKENDS: dict[str, Backend] = {
         "the kernels of the package flash-attn 2",
         refuses_size=cuda.refuses_size,
         package=flash_packages.MODULE_2,
-        automatic=False,
     ),
     "flash_attn_3": Backend(
         "flash_attn_3",
@@ -125,7 +122,6 @@ BACKENDS: dict[str, Backend] = {
         refuses_size=cuda.refuses_size,
         refuses_device=flash_packages.needs_hopper,
         package=flash_packages.MODULE_3,
-        automatic=False,
     ),
     "flex": Backend(
         "flex",
@@ -135,7 +131,6 @@ BACKENDS: dict[str, Backend] = {
         flex.backward,
         "torch's flex attention, compiled",
         refuses_size=flex.refuses_size,
-        automatic=False,
     ),
 }
 REFERENCE = "reference"
@@ -172,10 +167,10 @@ def usable_backends(device: torch.device, dtype: torch.dtype, head_size: int | N
 
 def _first(device: torch.device, dtype: torch.dtype, head_size: int | None) -> Backend:
     for backend in BACKENDS.values():
-        if backend.automatic and backend.refusal(device, dtype, head_size) is None:
+        if backend.refusal(device, dtype, head_size) is None:
             return backend
     size = "" if head_size is None else f" with heads of {head_size}"
-    available = ", ".join(f"{backend.name!r} ({_takes(backend)})" for backend in BACKENDS.values() if backend.automatic)
+    available = ", ".join(f"{backend.name!r} ({_takes(backend)})" for backend in BACKENDS.values())
     raise AttentionBackendError(
         f"sink attention has no backend for tensors on {device} of {dtype}{size}; available: {available}, "
         f"{REFERENCE!r} (anywhere, quadratic). Move or cast the model, or pass backend={REFERENCE!r}"

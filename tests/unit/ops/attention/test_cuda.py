@@ -394,6 +394,17 @@ def test_flex_attention_gives_the_dense_twins_values_and_gradients(flex_on_the_c
         assert (got - want).abs().max() < 1e-12, what
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", PARTS)
+def test_to_flex_too_a_row_that_sees_nothing_is_zero_and_minus_infinity(flex_on_the_cpu, name):
+    layout = build_layout(tuple(Span(*span) for span in PARTS[name]), 7, 40, 90)
+    q, k, v = (torch.randn(rows, heads, SIZE).double() for rows, heads in ((40, HEADS), (90, KV_HEADS), (90, KV_HEADS)))
+    out, lse = flex.forward(q, k, v, layout, SCALE)
+    twin, twin_lse = dense_attention(q, k, v, None, layout, SCALE)
+    assert torch.equal(lse == -math.inf, twin_lse == -math.inf)
+    assert torch.equal(out == 0, twin == 0)
+
+
 def test_flex_refuses_keys_that_several_spans_share(flex_on_the_cpu):
     shared = build_layout((Span(0, 20, 0, 50, 30), Span(20, 20, 10, 50, 30)), None, 40, 90)
     with pytest.raises(AttentionBackendError, match="flex takes keys of one sequence each"):

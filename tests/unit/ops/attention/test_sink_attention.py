@@ -70,7 +70,7 @@ def both(lengths: tuple[int, ...], window: int | None, dtype: torch.dtype, with_
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 31, 32, 33, 48, 100, 1000])
-@pytest.mark.parametrize("lengths", [RAGGED, (70,), (1,), (1, 2, 3), (0, 4, 0, 0, 9)])
+@pytest.mark.parametrize("lengths", [RAGGED, (70,), (1,), (1, 2, 3), (0, 4, 0, 0, 9), (48, 16, 32)])
 def test_float64_equals_the_dense_twin_in_values_and_all_gradients(
     lengths: tuple[int, ...], window: int | None
 ) -> None:
