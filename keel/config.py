@@ -96,8 +96,8 @@ class RolloutConfig(Section):
 class EngineConfig(Section):
     id: str = Field("embedded", description="'embedded', 'vllm', or package.module:Class of the engine protocol")
     process: Literal["same", "separate"] = Field("same", description="'separate' runs the engine in its own process")
-    slots: int = Field(64, ge=1, description="sequences decoded at once; fixed, so that neighbours change nothing")
-    prefill_tile: int = Field(128, ge=8, description="rows of a prefill pass; fixed, likewise")
+    slots: int = Field(64, ge=1, description="sequences decoded at once; more sessions take the slots of those at rest")
+    prefill_tile: int = Field(128, ge=8, description="rows with which a prefill pass is full enough to run")
     max_sequence_tokens: int = Field(0, ge=0, description="key-value slots per sequence; 0: the rollout's limit")
     return_routes: bool = Field(True, description="return expert choices of mixture-of-experts models")
     free_cache: Literal["auto", "on", "off"] = Field(

@@ -5,8 +5,8 @@ change with the height of a product they then depend on other tokens. Here they 
 
     free heights    where it was measured that heights change nothing (`heights_are_free`): as in `experts`, each
                     expert on the rows that chose it, filled up to whole blocks
-    few experts     else all of them on all rows; those that a row did not choose have the weight zero, and the second
-                    projection adds the experts of a row up in one product
+    few experts     else all of them on tiles of `TILE_ROWS` rows; those that a row did not choose have the weight
+                    zero, and the second projection adds the experts of a row up in one product
     many experts    else each on the rows that chose it, in tiles of `TILE_ROWS` rows, the last filled up with zeros
 """
 
@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
+from torch.nn import functional
 
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, busy, check_experts, sort_by_expert, sum_of_rows
 from keel.ops.experts_gate import activate
@@ -34,17 +35,23 @@ _PROBE_ROWS = 256
 def experts_row_invariant(
     hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, experts: ExpertsWeights, layout: ExpertsLayout
 ) -> torch.Tensor:
-    """`experts_forward` for sampling: among calls of as many rows, a token's bits depend on that token alone.
+    """`experts_forward` for sampling: a token's bits depend on that token alone, whatever else is in the call.
 
-    Neither the company of a row nor its place matters, provided that rows come in whole vector registers (a multiple
-    of 32, as an engine's passes have them). No gradient. Arguments and errors as `experts_forward`.
+    No gradient. Arguments and errors as `experts_forward`.
     """
     check_experts(hidden, chosen, weights, experts, layout)
+    num_tokens = hidden.shape[0]
+    if num_tokens == 0:
+        return hidden
+    weights = weights.to(hidden.dtype)
     if _heights_are_free(experts):
-        run = _sorted_experts
-    else:
-        run = _all_experts if experts.num_experts <= MAX_DENSE_EXPERTS else _chosen_experts
-    return run(hidden, chosen, weights.to(hidden.dtype), experts, layout)
+        return _sorted_experts(hidden, chosen, weights, experts, layout)
+    if experts.num_experts > MAX_DENSE_EXPERTS:
+        return _chosen_experts(hidden, chosen, weights, experts, layout)
+    padding = -num_tokens % TILE_ROWS
+    hidden, chosen, weights = (functional.pad(each, (0, 0, 0, padding)) for each in (hidden, chosen, weights))
+    tiles = zip(*(each.split(TILE_ROWS) for each in (hidden, chosen, weights)), strict=True)
+    return torch.cat([_all_experts(*tile, experts, layout) for tile in tiles])[:num_tokens]
 
 
 def _heights_are_free(experts: ExpertsWeights) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from keel.ops import experts_tiles
 from keel.ops.experts import ExpertsLayout, ExpertsWeights, experts_forward, experts_reference
 from keel.ops.experts_gate import ExpertsGate, reaches_limit
 from keel.ops.experts_pieces import NARROW, PIECE_ROWS
@@ -233,7 +234,10 @@ def test_bfloat16_is_near_the_twin(layout):
 @LAYOUTS
 @pytest.mark.parametrize("num_experts", [EXPERTS, 20], ids=["dense tiles", "sorted tiles"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_invariant_bits_depend_on_the_token_alone(layout, num_experts, dtype):
+@pytest.mark.parametrize("free", [True, False], ids=["as measured", "heights matter"])
+def test_row_invariant_bits_depend_on_the_token_alone(monkeypatch, layout, num_experts, dtype, free):
+    if not free:
+        monkeypatch.setattr(experts_tiles, "heights_are_free", lambda *_: False)
     sizes = {"hidden": 128, "inner": 112}
     experts = make_weights(layout, dtype=dtype, num_experts=num_experts, **sizes)
     num_tokens = 3 * TILE_ROWS + 5
@@ -250,7 +254,10 @@ def test_row_invariant_bits_depend_on_the_token_alone(layout, num_experts, dtype
 
 @LAYOUTS
 @pytest.mark.parametrize("num_experts", [EXPERTS, 20], ids=["dense tiles", "sorted tiles"])
-def test_row_invariant_matches_the_twin(layout, num_experts):
+@pytest.mark.parametrize("free", [True, False], ids=["as measured", "heights matter"])
+def test_row_invariant_matches_the_twin(monkeypatch, layout, num_experts, free):
+    if not free:
+        monkeypatch.setattr(experts_tiles, "heights_are_free", lambda *_: False)
     experts = make_weights(layout, num_experts=num_experts)
     chosen = routing("ragged", TILE_ROWS + 9, num_experts)
     x, shares = make_inputs(chosen)
