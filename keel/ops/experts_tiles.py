@@ -50,8 +50,8 @@ def experts_row_invariant(
         return _chosen_experts(hidden, chosen, weights, experts, layout)
     padding = -num_tokens % TILE_ROWS
     hidden, chosen, weights = (functional.pad(each, (0, 0, 0, padding)) for each in (hidden, chosen, weights))
-    tiles = zip(*(each.split(TILE_ROWS) for each in (hidden, chosen, weights)), strict=True)
-    return torch.cat([_all_experts(*tile, experts, layout) for tile in tiles])[:num_tokens]
+    tiles = zip(hidden.split(TILE_ROWS), chosen.split(TILE_ROWS), weights.split(TILE_ROWS), strict=True)
+    return torch.cat([_all_experts(x, some, shares, experts, layout) for x, some, shares in tiles])[:num_tokens]
 
 
 def _heights_are_free(experts: ExpertsWeights) -> bool:
