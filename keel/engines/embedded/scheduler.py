@@ -216,8 +216,9 @@ class Scheduler:
         due: dict[tuple[int, int], list[int]] = {}
         for slot, wish in list(self._wishes.items()):
             ready = table.shareable[wish.source] >= wish.length
-            assert not ready or table.written[wish.source] - wish.length <= table.kept_behind
-            if table.serial[wish.source] != wish.serial or not (ready or table.state[wish.source] == PREFILL):
+            coming = not ready and table.state[wish.source] == PREFILL
+            ready &= table.written[wish.source] - wish.length <= table.kept_behind
+            if table.serial[wish.source] != wish.serial or not (ready or coming):
                 del self._wishes[slot]
                 self._prefill_order.remove(slot)
                 again = (int(table.goal[slot]), *self._to_remake[slot]) if self._to_remake[slot] else ()
