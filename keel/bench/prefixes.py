@@ -68,7 +68,7 @@ class Case:
 
 
 def batch_of(case: Case, seed: int = 0) -> PackedBatch:
-    """Made-up attempts of ragged lengths, packed into one micro-batch for each group."""
+    """Made-up attempts of ragged lengths, packed into one micro-batch."""
     draw = random.Random(seed)
     settings = SamplingSettings()
 
@@ -87,7 +87,9 @@ def batch_of(case: Case, seed: int = 0) -> PackedBatch:
         Group(f"{index}", Task(f"{index}"), tuple(attempts(f"{index}", Task(f"{index}"))))
         for index in range(case.groups)
     ]
-    return add_advantages(pack(groups, max_tokens=case.attempts * (case.prompt + case.reply)), group_mean, {})
+    return add_advantages(
+        pack(groups, max_tokens=case.groups * case.attempts * (case.prompt + case.reply)), group_mean, {}
+    )
 
 
 def learner_of(path: str, dtype: str) -> Learner:

@@ -8,15 +8,15 @@ from keel.bench.measure import BenchError
 from keel.bench.prefixes import Case, batch_of, measure_prefixes
 
 
-def test_a_batch_has_a_prompt_for_each_group_in_one_micro_batch():
+def test_a_batch_has_a_prompt_for_each_group():
     case = Case.read("12x6")
-    batch = batch_of(case)
-    assert len(batch.micro_batches) == case.groups
-    for m in batch.micro_batches:
-        starts = m.cu_seqlens[:-1].long()
-        assert len(starts) == case.attempts
-        assert len({tuple(m.input_ids[start : start + 12].tolist()) for start in starts}) == 1
-        assert 3 * case.attempts <= int(m.loss_mask.sum()) <= 6 * case.attempts
+    (m,) = batch_of(case).micro_batches
+    starts = m.cu_seqlens[:-1].long()
+    assert len(starts) == case.groups * case.attempts
+    prompts = [tuple(m.input_ids[start : start + 12].tolist()) for start in starts]
+    assert len(set(prompts)) == case.groups
+    assert len(set(prompts[: case.attempts])) == 1
+    assert 3 * len(starts) <= int(m.loss_mask.sum()) <= 6 * len(starts)
 
 
 def test_a_row_says_what_was_saved():
