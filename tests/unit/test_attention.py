@@ -53,6 +53,7 @@ def test_sdpa_is_said_to_drop_sinks() -> None:
 
 def test_a_backend_is_asked_for_by_name_and_really_used() -> None:
     """The dense twin and the kernel differ in the last bits of float32; "blocks" in other bits again."""
+    keel.attention.register()
     torch.manual_seed(0)
     model, ids = gpt_oss("keel"), torch.arange(40)[None]
     outs, names = {}, ("auto", "cpu", "blocks", "reference")
