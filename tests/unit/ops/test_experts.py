@@ -291,3 +291,14 @@ def test_shapes_that_do_not_fit_are_refused():
         experts_forward(x, chosen, shares, experts, QWEN)
     with pytest.raises(ValueError, match=r"both need \[T, k\]"):
         experts_forward(x, chosen, shares[:, :1], experts, GPT_OSS)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 37, 64])
+def test_few_pairs_are_sorted_as_many_are(monkeypatch, num_tokens):
+    chosen = routing("ragged", num_tokens, EXPERTS)
+    few = experts_tiles._tiled_segments(chosen, EXPERTS)
+    monkeypatch.setattr(experts_tiles, "_FEW_PAIRS", 0)
+    many = experts_tiles._tiled_segments(chosen, EXPERTS)
+    assert few.bounds == many.bounds
+    assert torch.equal(few.rows, many.rows)
+    assert torch.equal(few.tokens, many.tokens)
