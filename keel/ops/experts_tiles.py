@@ -35,7 +35,7 @@ TILE_ROWS = 32
 """Rows of a tile where experts are many. In a product of fixed shape a row's bits do not depend on its place."""
 MAX_DENSE_EXPERTS = 16
 """Up to this many experts are all computed: fewer and larger products, for work that is thrown away."""
-_FEW_PAIRS = 512
+_FEW_PAIRS = 256
 _PROBED_HEIGHTS = (32, 64, 96, 128, 192)
 _PROBE_ROWS = 256
 
