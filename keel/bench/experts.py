@@ -163,7 +163,7 @@ def _case_rows(case: Case, rounds: int, with_memory: bool, notes: list[str]) -> 
     }
     times = alternately({**contenders, **multiplied}, rounds=rounds)
     faster = min(multiplied, key=times.median)
-    memory = {name: _peak_mib(case, name) for name in (OURS, *peers)} if with_memory else {}
+    memory = {name: _peak_mib(case, name) for name in contenders} if with_memory else {}
     rows = [_row(case, times, peer, peer, rounds) | {"equal_to": apart[peer]} for peer in contenders if peer != OURS]
     rows += [_single_row(case, times, peer, once[peer]) | {"equal_to": apart[peer]} for peer in slow]
     rows.append(_row(case, times, faster, f"{PRODUCTS} ({faster})", rounds))
