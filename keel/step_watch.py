@@ -57,8 +57,7 @@ class StepWatch:
         if half == self._half:
             return
         if self._half:
-            name = f"time/{self._half}_s"
-            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._half_began
+            self._seconds[f"time/{self._half}_s"] = now - self._half_began
         self._half, self._half_began = half, now
 
     def figures(self) -> dict[str, float]:
