@@ -48,7 +48,11 @@ def backward(
 
     The kernel recomputes P = exp(S - lse) and takes delta = rowsum(grad * out). Handed the (out, lse) of a softmax
     with a larger denominator (a sink, the other parts of a ring) it gives that softmax's exact gradients.
+
+    Where query heads share a key head, the kernel adds their gradients up in the keys' own type: in bfloat16 with three
+    times the error. So in short types it is given a key head per query head, and they are added up in float32 here.
     """
+    group = 1 if q.dtype.itemsize > 2 else q.shape[1] // k.shape[1]
     grads_q, grads_k, grads_v = [], [], []
     for bucket in layout.buckets:
         bucket_lse = lse.index_select(0, bucket.query_index)
@@ -58,8 +62,8 @@ def backward(
         dq, dk, dv = _backward(
             _queries(grad, bucket),
             _queries(q, bucket),
-            _keys(k, bucket),
-            _keys(v, bucket),
+            _repeated(_keys(k, bucket), group),
+            _repeated(_keys(v, bucket), group),
             _queries(out, bucket),
             bucket_lse.view(bucket.num_pieces, -1, lse.shape[1]).transpose(1, 2),
             0.0,
@@ -68,11 +72,20 @@ def backward(
             scale=scale,
         )
         grads_q.append(dq.transpose(1, 2).reshape(-1, *q.shape[1:]))
-        grads_k.append(dk.transpose(1, 2).reshape(-1, *k.shape[1:]))
-        grads_v.append(dv.transpose(1, 2).reshape(-1, *v.shape[1:]))
+        grads_k.append(_added_up(dk, group).transpose(1, 2).reshape(-1, *k.shape[1:]))
+        grads_v.append(_added_up(dv, group).transpose(1, 2).reshape(-1, *v.shape[1:]))
     if not grads_q:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    return _rows(grads_q, layout, 0.0), _key_rows(grads_k, layout), _key_rows(grads_v, layout)
+    return _rows(grads_q, layout, 0.0), _key_rows(grads_k, layout).to(k.dtype), _key_rows(grads_v, layout).to(v.dtype)
+
+
+def _repeated(heads: torch.Tensor, group: int) -> torch.Tensor:
+    return heads if group == 1 else heads.repeat_interleave(group, 1)
+
+
+def _added_up(gradient: torch.Tensor, group: int) -> torch.Tensor:
+    """[P, H, M, D] of query heads -> [P, K, M, D] in float32, of the key heads that `group` of them share."""
+    return gradient if group == 1 else gradient.unflatten(1, (-1, group)).sum(2, dtype=torch.float32)
 
 
 def _queries(rows: torch.Tensor, bucket: Bucket) -> torch.Tensor:
