@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from keel.ops.attention import (
     dense_attention,
     layout_attention,
     packed_layout,
+    usable_backends,
 )
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +65,23 @@ def test_packed_sequences(card, dtype, window, shape):
     expected = "blocks" if dtype == torch.float32 else "cuda"
     assert choose_backend("auto", card, dtype).name == expected
     assert_close(values_and_gradients(given, layout), twin(given, layout), dtype)
+
+
+@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kernel_that_is_installed(card, dtype, window):
+    """cuDNN and flex come with torch; the flash packages where there are any, version 4 with its own sinks."""
+    layout = packed_layout(PACKED, window)
+    given = inputs(card, dtype, SHAPES[0], sum(RAGGED), sum(RAGGED))
+    names = [backend.name for backend in usable_backends(card, dtype, SHAPES[0][2])]
+    assert {"cuda", "cudnn", "flex"} <= set(names)
+    if window is not None:
+        names.remove("cudnn")
+    if find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None:
+        names.append("flash_attn_4")
+    want = twin(given, layout)
+    for name in names:
+        assert_close(values_and_gradients(given, layout, name), want, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 9])
