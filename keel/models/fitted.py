@@ -4,7 +4,7 @@ A module is fitted by giving it a subclass of its own class, so checkpoints, `is
 stay what they were, and whatever the fast path does not cover runs the original forward.
 
     RMSNorm           in float32, one autograd step instead of eight
-    GptOssAttention   packed rows: q, k and v in one product, the rotation a complex product
+    GptOssAttention   packed rows and engine steps: q, k and v in one product, the rotation a complex product
 
 The rotation turns the pair (i, i + D/2) of a head. Laid side by side the pair is a complex number, and turning it is
 one multiplication instead of six strided ones; the rows of the q and k weights are reordered to make it so, which
@@ -67,9 +67,9 @@ class _FittedNorm:
 
 
 class _FittedAttention:
-    """One packed row `[1, T, Hd]` of whole sequences; all else is the original's business.
+    """One packed row `[1, T, Hd]` of whole sequences, or an engine's step; all else is the original's business.
 
-    An engine's steps too: its cache holds keys in the model's own order, whoever computed them (`keel.models.lean`).
+    An engine's cache so holds keys with their pairs side by side; `keel.models.lean` leaves them alike.
     """
 
     def forward(
@@ -80,7 +80,7 @@ class _FittedAttention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        packed = kwargs.get("cu_seq_lens_q") is not None and kwargs.get("keel_cache") is None
+        packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("keel_cache") is not None
         plain = all(plain_linear(p) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
         if not (packed and plain) or is_exact() or past_key_values is not None or hidden_states.shape[0] != 1:
             out: tuple[torch.Tensor, None] = super().forward(  # type: ignore[misc]

@@ -23,6 +23,7 @@ from keel.models.experts import keel_experts_forward, row_invariant_experts
 from keel.models.router import RouteRecorder, record_routes
 from keel.ops.low_rank import low_rank
 from keel.ops.matmul import product
+from keel.ops.rms_norm import rms_norm
 
 if TYPE_CHECKING:
     from keel.models.attention import KeelCache
@@ -51,6 +52,7 @@ class LeanTrunk:
         self._modules = tuple(base.modules())
         self._num_moe_layers = policy.info.num_moe_layers
         self._half = policy.info.head_dim // 2
+        self._paired = type(base).__name__ == "GptOssModel"
 
     def is_hooked(self) -> bool:
         """Whether somebody wants to hear of a module's forward, which only the modules' own way can tell."""
@@ -115,12 +117,13 @@ class LeanTrunk:
         return _norm(base.norm, hidden)
 
     def _turns(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines, and sines with the first half's sign, `[T, 1, D]` in float32 at least."""
+        """Cosines, and sines with the first half's sign, `[T, 1, D]` in float32 at least; paired `[T, 1, D / 2]`."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        angles = self._base.rotary_emb(hidden[None], positions[None])
         # Some families give the second half's angles too, which are the first's.
-        cos, sin = (
-            part[0, :, None, : self._half].to(wide) for part in self._base.rotary_emb(hidden[None], positions[None])
-        )
+        cos, sin = (part[0, :, None, : self._half].to(wide) for part in angles)
+        if self._paired:
+            return cos, sin
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _attention(
@@ -133,12 +136,14 @@ class LeanTrunk:
     ) -> torch.Tensor:
         shape = (normed.shape[0], -1, attention.head_dim)
         query, key, value = (
-            _linear(projection, normed).view(shape)
+            _linear(projection, normed, fitted=self._paired).view(shape)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if hasattr(attention, "q_norm"):
             query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
-        query, key = _turned(torch.cat((query, key), dim=1), turns).split([query.shape[1], key.shape[1]], dim=1)
+        query, key = _turned(torch.cat((query, key), dim=1), turns, paired=self._paired).split(
+            [query.shape[1], key.shape[1]], dim=1
+        )
         out = cache.attend(
             index,
             query.transpose(0, 1)[None],
@@ -148,7 +153,7 @@ class LeanTrunk:
             window=attention.sliding_window,
             scaling=attention.scaling,
         )
-        return _linear(attention.o_proj, out[0].flatten(1))
+        return _linear(attention.o_proj, out[0].flatten(1), fitted=self._paired)
 
 
 class _OwnRows:
@@ -222,23 +227,36 @@ def _feed_forward(mlp: Any, normed: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """The family's own norm; in float32, where all families do the same, in one call."""
+    """The family's own norm; in float32, where all families do the same, without the module around it."""
     if x.dtype == torch.float32 and norm.weight.dtype == torch.float32:
-        return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
     normed: torch.Tensor = norm(x)
     return normed
 
 
-def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer `x [T, in]` -> `[T, out]`, its adapter included if it has one and that is on."""
+def _linear(module: nn.Module, x: torch.Tensor, *, fitted: bool = False) -> torch.Tensor:
+    """A linear layer `x [T, in]` -> `[T, out]`, its adapter included if it has one and that is on.
+
+    By the library that the learner's pass goes to, `keel.ops.matmul` where its module is `fitted`: with the same
+    roundings on both sides little is left of the gap between them.
+    """
     plain, factors = plain_linear(module), linear_factors(module)
     assert plain is not None
-    out = product(x, plain.weight.t(), rows=x.shape[0], bias=plain.bias)
+    if fitted:
+        out = product(x, plain.weight.t(), rows=x.shape[0], bias=plain.bias)
+    else:
+        out = functional.linear(x, plain.weight, plain.bias)
     return out if factors is None else out + low_rank(x, factors)
 
 
-def _turned(rows: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """`rows [T, heads, D]` with each pair (i, i + D / 2) turned by its angle."""
+def _turned(rows: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], *, paired: bool) -> torch.Tensor:
+    """`rows [T, heads, D]` with each pair (i, i + D / 2) turned by its angle, by the products the learner makes.
+
+    With `paired` as `keel.models.fitted` turns them, pairs side by side in the result.
+    """
     cos, sin = turns
     wide = rows.to(cos.dtype)
-    return torch.addcmul(wide * cos, wide.roll(rows.shape[-1] // 2, -1), sin).to(rows.dtype)
+    if paired:
+        pairs = torch.view_as_complex(torch.stack(wide.chunk(2, dim=-1), dim=-1))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(rows.dtype)
+    return (wide * cos + wide.roll(rows.shape[-1] // 2, -1) * sin).to(rows.dtype)

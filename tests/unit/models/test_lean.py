@@ -98,7 +98,7 @@ def test_the_step_of_rows_is_measured_and_holds_for_other_tokens(tiny_checkpoint
 
 
 def test_heights_that_matter_are_found_out(tiny_checkpoint, monkeypatch):
-    policy = load(tiny_checkpoint, "qwen3")
+    policy = load(tiny_checkpoint, "gpt_oss")
     plain = lean.product
 
     def by_height(left, right, *, rows, bias=None):
