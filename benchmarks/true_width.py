@@ -64,7 +64,6 @@ FIGURES = (
     "learner/shared_tokens",
     "learner/tflop",
     "perf/tokens_per_s",
-    "perf/mfu",
     "rollout/tokens",
     "time/rollout_s",
     "time/score_s",

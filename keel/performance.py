@@ -34,7 +34,7 @@ CARDS: Mapping[str, float] = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-PROBE_SIZE, PROBE_ROUNDS = 512, 8
+PROBE_SIZE, PROBE_ROUNDS = 1024, 4
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,11 @@ def peak_of_card(name: str, dtype: str) -> Peak:
 def _measured(dtype: torch.dtype, num_threads: int) -> float:  # noqa: ARG001 (what is measured depends on it)
     left = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype)
     seconds = []
-    for _ in range(PROBE_ROUNDS):
-        begun = time.perf_counter()
-        product(left, left, rows=PROBE_SIZE)
-        seconds.append(time.perf_counter() - begun)
+    for make in (lambda: product(left, left, rows=PROBE_SIZE), lambda: left @ left):
+        for _ in range(PROBE_ROUNDS):
+            begun = time.perf_counter()
+            make()
+            seconds.append(time.perf_counter() - begun)
     return float(2 * PROBE_SIZE**3 / min(seconds) / 1e12)
 
 
