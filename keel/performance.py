@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -70,7 +70,7 @@ def peak_of_card(name: str, dtype: str) -> Peak:
 def _measured(dtype: torch.dtype, num_threads: int) -> float:  # noqa: ARG001 (what is measured depends on it)
     left = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype)
     seconds = []
-    for make in (lambda: product(left, left, rows=PROBE_SIZE), lambda: left @ left):
+    for make in (partial(product, left, left, rows=PROBE_SIZE), partial(torch.mm, left, left)):
         for _ in range(PROBE_ROUNDS):
             begun = time.perf_counter()
             make()
