@@ -28,7 +28,7 @@ from keel.ops.experts import (
     sum_of_rows,
 )
 from keel.ops.experts_gate import activate
-from keel.ops.low_rank import add_low_rank_
+from keel.ops.low_rank import LowRank, add_low_rank_
 from keel.ops.matmul import product
 
 TILE_ROWS = 32
@@ -64,8 +64,8 @@ def experts_row_invariant(
 
 
 def _heights_are_free(experts: ExpertsWeights) -> bool:
-    """Of both projections of experts without an adapter, whose narrow products are another matter."""
-    if experts.gate_up_adapter is not None or experts.down_adapter is not None or experts.gate_up.device.type != "cpu":
+    """Of both projections. An adapter's narrow products are another matter: they are made in tiles."""
+    if experts.gate_up.device.type != "cpu":
         return False
     threads = torch.get_num_threads()
     return all(
@@ -99,11 +99,16 @@ def _sorted_experts(
     segments = _tiled_segments(chosen, experts.num_experts)
     bounds = [(e, slice(*each)) for e, each in enumerate(pairwise(segments.bounds)) if each[1] > each[0]]
     x = hidden.index_select(0, segments.tokens)
-    first = [_times(x[rows], experts.gate_up[e], experts.gate_up_bias, e, layout) for e, rows in bounds]
+    first = [
+        _times(x[rows], experts.gate_up[e], experts.gate_up_bias, experts.gate_up_adapter, e, layout)
+        for e, rows in bounds
+    ]
     # Filled up so that the share of each thread is whole vector registers: the last few numbers of a share may differ.
     first.append(hidden.new_zeros(-x.shape[0] % (TILE_ROWS * torch.get_num_threads()), first[0].shape[1]))
     act = activate(*_gates_and_ups(torch.cat(first), layout), layout).to(hidden.dtype)
-    second = [_times(act[rows], experts.down[e], experts.down_bias, e, layout) for e, rows in bounds]
+    second = [
+        _times(act[rows], experts.down[e], experts.down_bias, experts.down_adapter, e, layout) for e, rows in bounds
+    ]
     return sum_of_rows(torch.cat(second), segments.rows, weights)
 
 
@@ -129,11 +134,21 @@ def _whole_tiles(count: int) -> int:
 
 
 def _times(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int, layout: ExpertsLayout
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapter: LowRank | None,
+    expert: int,
+    layout: ExpertsLayout,
 ) -> torch.Tensor:
-    """One expert's projection of `x [n, in]`."""
+    """One expert's projection of `x [n, in]`, n in whole tiles."""
     right = weight if layout.transposed else weight.t()
-    return product(x, right, rows=x.shape[0], bias=None if bias is None else bias[expert])
+    made = product(x, right, rows=x.shape[0], bias=None if bias is None else bias[expert])
+    if adapter is not None:
+        own = adapter[expert]
+        for tile, rows in zip(made.split(TILE_ROWS), x.split(TILE_ROWS), strict=True):
+            add_low_rank_(tile, rows, own)
+    return made
 
 
 def _all_experts(
