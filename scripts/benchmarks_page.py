@@ -54,7 +54,7 @@ def _section(name: str, result: Mapping[str, Any]) -> str:
     lines += [f"- {_text(note)}" for note in result["notes"]]
     lines += ["", *_tables(result["rows"])]
     lines += [f"{_machine(result['machine'])}. All figures: [{name}](../benchmarks/results/{name}).", ""]
-    return "\n".join([*lines, "```sh", result["command"].replace("```", ""), "```", ""])
+    return "\n".join([*lines, "```text", result["command"].replace("```", ""), "```", ""])
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -62,7 +62,7 @@ def test_a_result_becomes_a_section_with_a_table_for_each_kind_of_row(script, tm
     assert "| a\\|b | 1,234 | 2.35 | 1.50 | 2.0e-07 |" in told
     assert "| c | 12.3 | - | 0.50 | 0.00 |" in told
     assert "| case | operator |\n| --- | --- |\n| d | mm |" in told
-    assert "```sh\nkeel bench made-up\n```" in told
+    assert "```text\nkeel bench made-up\n```" in told
     assert "<b>" not in told
     assert "- [other.json](../benchmarks/results/other.json)" in told
 
