@@ -117,13 +117,13 @@ class LeanTrunk:
         return _norm(base.norm, hidden)
 
     def _turns(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines, and sines with the first half's sign, `[T, 1, D]` in float32 at least; paired `[T, 1, D / 2]`."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        """Cosines, and sines with the first half's sign, `[T, 1, D]`; paired `[T, 1, D / 2]`, in float32 at least."""
         angles = self._base.rotary_emb(hidden[None], positions[None])
         # Some families give the second half's angles too, which are the first's.
-        cos, sin = (part[0, :, None, : self._half].to(wide) for part in angles)
+        cos, sin = (part[0, :, None, : self._half] for part in angles)
         if self._paired:
-            return cos, sin
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            return cos.to(wide), sin.to(wide)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _attention(
@@ -252,11 +252,11 @@ def _linear(module: nn.Module, x: torch.Tensor, *, fitted: bool = False) -> torc
 def _turned(rows: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], *, paired: bool) -> torch.Tensor:
     """`rows [T, heads, D]` with each pair (i, i + D / 2) turned by its angle, by the products the learner makes.
 
-    With `paired` as `keel.models.fitted` turns them, pairs side by side in the result.
+    With `paired` as `keel.models.fitted` turns them, in float32 and with pairs side by side in the result; else as
+    `transformers` does, every product and sum rounded to the type of `rows`.
     """
     cos, sin = turns
-    wide = rows.to(cos.dtype)
     if paired:
-        pairs = torch.view_as_complex(torch.stack(wide.chunk(2, dim=-1), dim=-1))
+        pairs = torch.view_as_complex(torch.stack(rows.to(cos.dtype).chunk(2, dim=-1), dim=-1))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(rows.dtype)
-    return (wide * cos + wide.roll(rows.shape[-1] // 2, -1) * sin).to(rows.dtype)
+    return rows * cos + rows.roll(rows.shape[-1] // 2, -1) * sin
