@@ -192,8 +192,9 @@ class EngineProcess:
             with contextlib.suppress(OSError):
                 self._send(("cancel", number))
             raise
-        except OSError as error:
-            raise EngineError(f"engine process {self.pid}: the pipe is closed") from error
+        except OSError as error:  # the reading thread finds the pipe closed too, and learns how the process ended
+            await asyncio.to_thread(self._reader.join, 2 * STOP_TIMEOUT_S)
+            raise EngineError(self._dead or f"engine process {self.pid}: the pipe is closed") from error
         finally:
             self._waiters.pop(number, None)
 

@@ -12,6 +12,7 @@ from keel.bench.measure import BenchError
 SMALL = [Work((96,), 4, 2, None, torch.float32), Work((96,), 4, 4, None, torch.bfloat16)]
 
 
+@pytest.mark.soak
 def test_everybody_computes_the_same_and_every_peer_gets_a_row(monkeypatch):
     monkeypatch.setattr(attention, "_speed_work", lambda _: iter(SMALL))
     result = measure_attention(rounds=2, parts=["speed"])

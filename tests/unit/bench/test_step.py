@@ -41,6 +41,7 @@ def test_the_model_is_of_the_size_that_is_told(model):
     assert sum(parameter.numel() for parameter in policy.parameters()) == pytest.approx(4.0e6, rel=0.05)
 
 
+@pytest.mark.soak
 def test_both_make_the_same_gradient_of_episodes_with_a_tool(model, tmp_path):
     from keel.bench.step.equal import compare  # which imports TRL: only where it is needed
 
